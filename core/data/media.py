@@ -1,0 +1,180 @@
+"""Reading images and videos, resized and cropped, videos at the model's frame rate. Frames are (H, W, 3) uint8 RGB."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .discovery import IMAGES, media_files
+from .windows import Window
+
+_SAME_RATE = 0.01  # rates that differ by less than this share are taken as equal
+
+
+class UnreadableMedia(ValueError):
+    """A file that cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """Size in pixels, and frames at the model's rate (1 for an image)."""
+
+    width: int
+    height: int
+    frames: int
+
+
+def probe(path: Path, fps: float, source_fps: float | None = None) -> MediaInfo:
+    """Size and frame count of a video file, a folder of images (taken as frames) or an image, without decoding it."""
+    if path.is_dir():
+        frames = media_files(path, IMAGES)
+        if not frames:
+            raise UnreadableMedia("the folder holds no images")
+        return MediaInfo(*_open_image(frames[0]).size, len(frames))
+    if path.suffix.lower() in IMAGES:
+        return MediaInfo(*_open_image(path).size, 1)
+    with _Video(path, source_fps) as video:
+        return MediaInfo(video.width, video.height, video.count(fps))
+
+
+def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """(1, H, W, 3), upright, transparency laid over white, resized and cropped to `size` (width, height)."""
+    return np.asarray(_fitted(_open_image(path), size))[None]
+
+
+def read_windows(
+    path: Path, windows: Sequence[Window], size: tuple[int, int], fps: float, source_fps: float | None = None
+) -> Iterator[tuple[Window, np.ndarray]]:
+    """Each window with its frames (count, H, W, 3), in the order in which they end.
+
+    Only the frames that an open window still needs are kept. Raises UnreadableMedia when the clip ends early.
+    """
+    pending = sorted(windows, key=lambda window: window.start + window.count)
+    kept: deque[np.ndarray] = deque()
+    first = 0  # index of kept[0]
+    frames = _folder_frames(path, size) if path.is_dir() else _video_frames(path, size, fps, source_fps)
+    for index, frame in enumerate(frames):
+        kept.append(frame)
+        while pending and pending[0].start + pending[0].count == index + 1:
+            window = pending.pop(0)
+            yield window, np.stack([kept[window.start - first + offset] for offset in range(window.count)])
+        if not pending:
+            return
+        needed = min(window.start for window in pending)
+        while kept and first < needed:
+            kept.popleft()
+            first += 1
+    raise UnreadableMedia(f"it ends before frame {pending[0].start + pending[0].count}")
+
+
+def _folder_frames(folder: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    for path in media_files(folder, IMAGES):
+        yield np.asarray(_fitted(_open_image(path), size))
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableMedia(f"the image cannot be read ({error})") from error
+
+
+def cover(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The size to resize to so that `size` can be cut out of the middle."""
+    scale = max(size[0] / width, size[1] / height)
+    return max(size[0], int(width * scale + 0.5)), max(size[1], int(height * scale + 0.5))
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    width, height = cover(*image.size, size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+class _Video:
+    """An open video file and the times of its frames."""
+
+    def __init__(self, path: Path, source_fps: float | None) -> None:
+        try:
+            self.container = av.open(str(path))
+            if not self.container.streams.video:
+                raise UnreadableMedia("it has no video stream")
+            self.stream = self.container.streams.video[0]
+            self.stream.thread_type = "AUTO"
+            self.rate = source_fps or float(self.stream.average_rate or self.stream.guessed_rate or 0)
+        except (OSError, av.error.FFmpegError) as error:
+            raise UnreadableMedia(f"the video cannot be opened ({error})") from error
+        if not self.rate:
+            raise UnreadableMedia("its frame rate is unknown: give source_fps")
+        self.timed = source_fps is None
+        self.width, self.height = self.stream.codec_context.width, self.stream.codec_context.height
+
+    def __enter__(self) -> _Video:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    def count(self, fps: float) -> int:
+        """Frames at `fps`, from the packets' times."""
+        try:
+            times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
+        except av.error.FFmpegError as error:
+            raise UnreadableMedia(f"the video is damaged ({error})") from error
+        if not times:
+            raise UnreadableMedia("it has no frames")
+        if self.converts(fps):
+            span = (
+                (max(times) - min(times)) * float(self.stream.time_base) if self.timed else (len(times) - 1) / self.rate
+            )
+            return max(1, int((span + 1 / self.rate) * fps + 0.5))
+        return len(times)
+
+    def converts(self, fps: float) -> bool:
+        return abs(self.rate / fps - 1) > _SAME_RATE
+
+    def decoded(self, size: tuple[int, int]) -> Iterator[tuple[float, np.ndarray]]:
+        """(seconds since the first frame, frame) of every frame of the file."""
+        width, height = cover(self.width, self.height, size)
+        left, top = (width - size[0]) // 2, (height - size[1]) // 2
+        start = None
+        try:
+            for index, frame in enumerate(self.container.decode(self.stream)):
+                pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="LANCZOS")
+                pts = frame.pts if self.timed and frame.pts is not None else None
+                start = pts if start is None else start
+                time = index / self.rate if pts is None else float((pts - (start or 0)) * frame.time_base)
+                yield time, pixels[top : top + size[1], left : left + size[0]]
+        except av.error.FFmpegError as error:
+            raise UnreadableMedia(f"the video is damaged ({error})") from error
+
+
+def _video_frames(path: Path, size: tuple[int, int], fps: float, source_fps: float | None) -> Iterator[np.ndarray]:
+    """The frames at `fps`: of the file's frames always the nearest in time, so slow clips repeat some and none is lost."""
+    with _Video(path, source_fps) as video:
+        if not video.converts(fps):
+            yield from (frame for _, frame in video.decoded(size))
+            return
+        index = 0
+        previous: tuple[float, np.ndarray] | None = None
+        for time, frame in video.decoded(size):
+            while previous is not None and index / fps < (previous[0] + time) / 2:
+                yield previous[1]
+                index += 1
+            previous = (time, frame)
+        if previous is not None:
+            end = previous[0] + 1 / video.rate
+            while index / fps < end + 0.5 / fps:  # rounds as `count` does
+                yield previous[1]
+                index += 1

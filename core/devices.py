@@ -1,0 +1,31 @@
+"""Which device and precision to compute with."""
+
+from __future__ import annotations
+
+import torch
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has it, float16 on other accelerators, float32 on the CPU (exact, and as fast there)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if device.type == "mps" else torch.bfloat16
+
+
+def best_device() -> torch.device:
+    """The accelerator of this process, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on the device, or by this process when there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", info.rss)

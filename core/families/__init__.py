@@ -1,0 +1,45 @@
+"""The registry: one line per family, and what a file is by its content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..family import KIND_TITLES, Family, Kind, Part
+from ..keymap import find_prefix
+from ..weights import Checkpoint, open_checkpoint
+from .wan import FAMILY as WAN
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN,)}
+
+
+def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
+    """What the checkpoint is, from tensor names and shapes alone, and the checkpoint without its prefix.
+
+    Raises ValueError when no family knows it.
+    """
+    for family in FAMILIES.values():
+        prefix = find_prefix(checkpoint.tensors, family.anchors)
+        if prefix is None:
+            continue
+        inner = checkpoint.without_prefix(prefix)
+        try:
+            part = family.recognise({name: info.shape for name, info in inner.tensors.items()})
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path.name}: {error}") from error
+        if part is not None:
+            return inner, part
+    names = ", ".join(list(checkpoint.tensors)[:3]) or "none"
+    raise ValueError(
+        f"{checkpoint.path.name} is not a model this pack knows (its first tensors: {names}). "
+        f"It knows: {', '.join(family.title for family in FAMILIES.values())}."
+    )
+
+
+def open_part(path: Path, kind: Kind) -> tuple[Checkpoint, Part]:
+    """Open and recognise a file that should be a `kind`; ValueError says what it is instead."""
+    checkpoint, part = recognise(open_checkpoint(path))
+    if part.kind != kind:
+        raise ValueError(
+            f"{path.name} is a {KIND_TITLES[part.kind]} ({part.title}), not a {KIND_TITLES[kind]}. Choose another file."
+        )
+    return checkpoint, part

@@ -1,0 +1,38 @@
+"""Wan 2.1 and the Wan 2.2 A14B pair."""
+
+import torch
+
+from ...family import BlockKind, Family
+from . import checkpoint, defaults, text
+from .dit import WanDiT
+from .vae import WanVAE
+
+FAMILY = Family(
+    name=checkpoint.NAME,
+    short="wan",
+    title="Wan 2.1 / 2.2",
+    fps=16,
+    latent=defaults.LATENT,
+    cache_dtype=torch.bfloat16,
+    cache_scaled=True,
+    base_model="wan2.1",
+    variants=defaults.VARIANTS,
+    blocks=(
+        BlockKind(
+            path="blocks.{i}",
+            matrices=(
+                "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+                "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "cross_attn.k_img", "cross_attn.v_img",
+                "ffn.0", "ffn.2",
+            ),
+        ),
+    ),
+    anchors=checkpoint.ANCHORS,
+    recognise=checkpoint.recognise,
+    build_dit=WanDiT,
+    build_vae=WanVAE,
+    load_text=text.load,
+    conditions=text.conditions,
+    to_comfyui=text.to_comfyui,
+    from_comfyui=text.from_comfyui,
+)  # fmt: skip

@@ -1,0 +1,142 @@
+"""umT5 text encoding for Wan: cleaning, tokens, the encoder itself from transformers."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...family import Part, TextStates
+from ...weights import Checkpoint, load_into
+from .dit import TEXT_TOKENS
+
+STATES = "varlen_t5"  # name of the text states in the cache; `varlen_` because prompts differ in length
+_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """Sizes of the encoder, all read from the checkpoint."""
+
+    vocabulary: int
+    dim: int
+    ffn_dim: int
+    heads: int
+    head_dim: int
+    depth: int
+    buckets: int
+
+
+def cleaned(prompt: str) -> str:
+    """The official clean-up: mojibake mended, HTML entities resolved, runs of white space made one space."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class UMT5:
+    """The loaded encoder and its tokenizer."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer_model: bytes) -> None:
+        import sentencepiece
+
+        self.model = model
+        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model, add_eos=True)
+
+    def too_long(self, prompt: str) -> int:
+        return max(0, len(self.tokenizer.encode(cleaned(prompt))) - TEXT_TOKENS)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[TextStates]:
+        """One (tokens, dim) tensor per prompt; at most 512 tokens, the last of them the end mark."""
+        states: list[TextStates] = []
+        for start in range(0, len(prompts), _BATCH):
+            states += self._encode_batch(prompts[start : start + _BATCH])
+        return states
+
+    def _encode_batch(self, prompts: Sequence[str]) -> list[TextStates]:
+        tokens = [self.tokenizer.encode(cleaned(prompt)) for prompt in prompts]
+        tokens = [ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]] for ids in tokens]
+        length = max(map(len, tokens))
+        ids = torch.zeros(len(tokens), length, dtype=torch.long)  # 0 is the padding token
+        mask = torch.zeros_like(ids)
+        for row, values in enumerate(tokens):
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        encoder = self.model["encoder"]
+        output = encoder(input_ids=ids.to(encoder.device), attention_mask=mask.to(encoder.device)).last_hidden_state
+        return [{STATES: output[row, : len(values)].to("cpu", copy=True)} for row, values in enumerate(tokens)]
+
+
+def build(config: UMT5Config) -> torch.nn.Module:
+    """The encoder from transformers with the sizes of the checkpoint, as a module's part `encoder`."""
+    from transformers import UMT5Config as Config
+    from transformers import UMT5EncoderModel
+
+    model = UMT5EncoderModel(
+        Config(
+            vocab_size=config.vocabulary, d_model=config.dim, d_ff=config.ffn_dim, num_heads=config.heads,
+            d_kv=config.head_dim, num_layers=config.depth, relative_attention_num_buckets=config.buckets,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        )
+    )  # fmt: skip
+    return torch.nn.ModuleDict({"encoder": model.encoder})  # not `model`, which names its embedding twice
+
+
+def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> UMT5:
+    """Load weights and tokenizer, on the CPU.
+
+    ComfyUI's file carries its tokenizer; for the official `.pth` the file `spiece.model` of google/umt5-xxl must stand
+    beside it.
+    """
+    tokenizer = _tokenizer_model(checkpoint)
+    with torch.device("meta"):
+        model = build(part.config)
+    return UMT5(load_into(model, checkpoint, part.keymap, dtype), tokenizer)
+
+
+def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
+    embedded = checkpoint.extra("spiece_model")
+    if embedded is not None:
+        return bytes(embedded.to(torch.uint8).numpy())
+    folder = checkpoint.path.parent
+    candidates: list[Path] = [folder / "spiece.model", folder / "google" / "umt5-xxl" / "spiece.model",
+                              checkpoint.path.with_suffix(".spiece.model")]  # fmt: skip
+    for path in candidates:
+        if path.is_file():
+            return path.read_bytes()
+    raise ValueError(
+        f"{checkpoint.path.name} carries no tokenizer: put the file spiece.model of google/umt5-xxl into {folder}, "
+        "or use ComfyUI's umt5_xxl file, which has it inside."
+    )
+
+
+def conditions(samples: Sequence[TextStates]) -> dict[str, Tensor]:
+    """Prompts of one batch -> (B, 512, dim), padded with zeros."""
+    padded = [F.pad(s[STATES], (0, 0, 0, TEXT_TOKENS - s[STATES].shape[0])) for s in samples]
+    return {"text_states": torch.stack(padded)}
+
+
+def to_comfyui(states: TextStates) -> tuple[Tensor, dict[str, Any]]:
+    """As ComfyUI's own umT5 gives it: (1, 512, dim), zeros behind the prompt."""
+    return conditions([states])["text_states"].float(), {}
+
+
+def from_comfyui(cross_attn: Tensor, options: Mapping[str, Any]) -> TextStates:
+    """(1, L, dim) -> states; zeros behind the prompt are no tokens."""
+    states = cross_attn[0]
+    used = states.abs().sum(dim=1).nonzero()
+    length = int(used.max()) + 1 if len(used) else 1
+    if length > TEXT_TOKENS:
+        raise ValueError(
+            f"the conditioning has {length} tokens, and this model takes {TEXT_TOKENS}: shorten the prompt."
+        )
+    return {STATES: states[:length]}

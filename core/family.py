@@ -1,0 +1,130 @@
+"""The contract between the engine and a model family.
+
+A family is a frozen value of data and functions; it lives in one folder of `families/`. Nothing outside that folder
+knows a family's name: what differs between two families is a field or a function here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .keymap import IDENTITY, KeyMap
+from .shapes import LatentSpec, VideoSize
+from .weights import Checkpoint
+
+Kind = Literal["dit", "vae", "text_encoder"]
+KIND_TITLES: dict[str, str] = {"dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder"}
+
+TextStates = dict[str, Tensor]
+"""What a text encoder made of one prompt; the names are the stems of the text cache's tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One release of a family, with the defaults its authors recommend."""
+
+    name: str
+    title: str
+    size: VideoSize
+    steps: int
+    sampling_shift: float
+    guidance: float
+    training_shift: float
+    negative_prompt: str = ""
+    needs_image: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a checkpoint was recognised as.
+
+    `variants` are the releases that its tensors may belong to, the most likely first; `config` is what the family's
+    builder takes; `keymap` leads from the file's names to the model's.
+    """
+
+    family: str
+    kind: Kind
+    title: str
+    config: Any
+    variants: tuple[str, ...] = ()
+    keymap: KeyMap = IDENTITY
+
+
+class TextEncoder(Protocol):
+    """Loaded text encoder(s) of a family. `model` is the module to move between devices; `encode` follows it."""
+
+    model: nn.Module
+
+    def encode(self, prompts: Sequence[str]) -> list[TextStates]:
+        """One TextStates per prompt, on the CPU."""
+
+    def too_long(self, prompt: str) -> int:
+        """How many tokens of the prompt do not fit (0 when all do)."""
+
+
+class VAE(Protocol):
+    """A loaded video VAE, an nn.Module. Pixels are (B, 3, F, H, W) in -1..1, latents (B, C, F, H, W) unscaled."""
+
+    def encode(self, video: Tensor) -> Tensor:
+        """The posterior's mean or mode: the same every time."""
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Chunks of consecutive frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockKind:
+    """A kind of transformer block and its LoRA-able matrices, in canonical order.
+
+    `path` holds `{i}` for the block's number; matrices a checkpoint does not have are passed over.
+    """
+
+    path: str
+    matrices: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything the engine needs to know of a family.
+
+    name            as written in LoRA and cache metadata
+    short           suffix of cache file names, without underscores
+    fps             frame rate of its videos
+    latent          latent geometry and scaling
+    cache_dtype     dtype of cached latents
+    cache_scaled    whether cached latents are in model space (else in VAE space)
+    base_model      what LoRA metadata calls the architecture
+    blocks          transformer blocks in canonical order, for LORAID and adapters
+    recognise       (tensor name -> shape) -> Part or None; ValueError for a model that is known but not supported
+    anchors         names one of which every checkpoint of the family holds, to find the file's prefix
+    build_dit       config -> transformer on the current device; called as dit(latents, time, **conditions)
+    build_vae       config -> VAE
+    load_text       (checkpoint, part, dtype) -> TextEncoder, on the CPU
+    conditions      one TextStates per sample -> keyword arguments of the transformer
+    to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
+    from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
+    """
+
+    name: str
+    short: str
+    title: str
+    fps: int
+    latent: LatentSpec
+    cache_dtype: torch.dtype
+    cache_scaled: bool
+    base_model: str
+    variants: Mapping[str, Variant]
+    blocks: tuple[BlockKind, ...]
+    anchors: tuple[str, ...]
+    recognise: Callable[[Mapping[str, tuple[int, ...]]], Part | None]
+    build_dit: Callable[[Any], nn.Module]
+    build_vae: Callable[[Any], nn.Module]
+    load_text: Callable[[Checkpoint, Part, torch.dtype], TextEncoder]
+    conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
+    to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]
+    from_comfyui: Callable[[Tensor, Mapping[str, Any]], TextStates]

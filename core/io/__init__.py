@@ -1,0 +1,1 @@
+"""Files: atomic writes, safetensors, safe reading of torch files, videos."""

@@ -1,0 +1,37 @@
+"""The LoRA-able matrices of a transformer, in the one order that LORAID counts them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..family import Family
+
+
+class Matrix(NamedTuple):
+    """A weight matrix (rows, columns) = (outputs, inputs); `block` is the path of the block it is in."""
+
+    name: str
+    rows: int
+    columns: int
+    block: str
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns
+
+
+def inventory(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
+    """All matrices that adapters may be put on. `shapes` are those of the model's parameters, by name."""
+    matrices = []
+    for kind in family.blocks:
+        index = 0
+        while found := _block(kind.path.replace("{i}", str(index)), kind.matrices, shapes):
+            matrices += found
+            index += 1
+    return matrices
+
+
+def _block(path: str, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
+    paths = (f"{path}.{name}" for name in names)
+    return [Matrix(full, *shapes[f"{full}.weight"], path) for full in paths if f"{full}.weight" in shapes]

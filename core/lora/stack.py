@@ -1,0 +1,148 @@
+"""Several LoRAs on one model: which file is which LORAID, what each one touches, and whether they collide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from ..family import Family
+from . import files, loraid
+from .adapter import LoRA, Several
+from .files import LoRAFile
+from .inventory import Matrix
+
+
+@dataclass(frozen=True)
+class StackEntry:
+    """A LoRA file to be used with a multiplier. `number` is the LORAID it must be of (0 = whatever it is)."""
+
+    path: Path
+    multiplier: float = 1.0
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedLoRA:
+    entry: StackEntry
+    file: LoRAFile
+    number: int | None
+
+
+class Collision(ValueError):
+    """Two LoRAs touch the same parameters."""
+
+
+def load_stack(
+    entries: Sequence[StackEntry], family: Family, matrices: Sequence[Matrix], title: str, *, allow_overlap: bool
+) -> list[LoadedLoRA]:
+    """Read and check the LoRAs of a stack. One with multiplier 0 is switched off: it is left out.
+
+    Raises ValueError for a file that does not fit the model or the requested LORAID, and Collision when two LoRAs touch
+    the same parameters and `allow_overlap` is not set. Plain LoRAs (no LORAID) may overlap each other, as everywhere.
+    """
+    loaded = []
+    for entry in entries:
+        if entry.multiplier == 0:
+            continue
+        file = files.read(entry.path, matrices, title)
+        try:
+            loaded.append(LoadedLoRA(entry, file, _checked_loraid(entry, file, family, matrices)))
+        except ValueError as error:
+            raise ValueError(f"{entry.path.name}: {error}") from error
+    if not allow_overlap:
+        for one, other in combinations(loaded, 2):
+            if one.number is not None or other.number is not None:
+                _check_disjoint(one, other)
+    return loaded
+
+
+def _checked_loraid(entry: StackEntry, file: LoRAFile, family: Family, matrices: Sequence[Matrix]) -> int | None:
+    declared = loraid.from_metadata(file.metadata)
+    if entry.number and (declared is None or declared.number != entry.number):
+        has = "has no LORAID" if declared is None else f"is LORAID {declared.number}"
+        raise ValueError(f"LORAID {entry.number} was asked for, but the file {has}.")
+    if declared is None:
+        return None
+    if file.metadata.get("ss_loraid_digest") is None:
+        return declared.number  # an older file: its tensors say what it touches
+    made_for = file.metadata.get("ss_loraid_family")
+    allocation = loraid.allocate(matrices, declared)
+    if made_for != family.name or allocation.digest != file.metadata["ss_loraid_digest"]:
+        raise ValueError(
+            f"its LORAID {declared.number} was given out for a model of another size or family ('{made_for}')."
+        )
+    for name, factors in file.factors.items():
+        start, stop = factors.touched()
+        own_start, own_stop = allocation.rows.get(name, (0, 0))
+        if start < stop and not (own_start <= start and stop <= own_stop):
+            raise ValueError(
+                f"it changes '{name}' rows {start} to {stop - 1}, which LORAID {declared.number} does not own."
+            )
+    return declared.number
+
+
+def _check_disjoint(one: LoadedLoRA, other: LoadedLoRA) -> None:
+    shared = []
+    for name in one.file.factors.keys() & other.file.factors.keys():
+        (a, b), (c, d) = one.file.factors[name].touched(), other.file.factors[name].touched()
+        if max(a, c) < min(b, d):
+            shared.append(f"{name} rows {max(a, c)} to {min(b, d) - 1}")
+    if shared:
+        names = f"{_titled(one)} and {_titled(other)}"
+        raise Collision(
+            f"{names} change the same parameters in {len(shared)} matrices ({', '.join(sorted(shared)[:3])}"
+            f"{', ...' if len(shared) > 3 else ''}). Use LoRAs of different LORAIDs with the same unit settings, "
+            "or allow overlap."
+        )
+
+
+def _titled(lora: LoadedLoRA) -> str:
+    number = "no LORAID" if lora.number is None else f"LORAID {lora.number}"
+    return f"{lora.entry.path.name} ({number})"
+
+
+def adapters(stack: Sequence[LoadedLoRA], device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The stack as adapters, to be attached to the model."""
+    found: dict[str, list[torch.nn.Module]] = {}
+    for lora in stack:
+        for name, factors in lora.file.factors.items():
+            start, stop = factors.touched()
+            if start < stop:
+                adapter = LoRA(
+                    factors.down, factors.up[start:stop], factors.scale * lora.entry.multiplier, (start, stop)
+                )
+                found.setdefault(name, []).append(adapter.to(device, dtype).requires_grad_(False))
+    return {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in found.items()}
+
+
+def report(stack: Sequence[LoadedLoRA], switched_off: int = 0) -> str:
+    """A line per LoRA: what it matched, and whether they are disjoint."""
+    lines = []
+    for lora in stack:
+        unmatched = lora.file.unmatched
+        ignored = f", {len(unmatched)} keys belong to no matrix: {', '.join(unmatched[:3])}" if unmatched else ""
+        ranks = sorted({factors.down.shape[0] for factors in lora.file.factors.values()})
+        lines.append(
+            f"{_titled(lora)} x {lora.entry.multiplier:g}: {len(lora.file.factors)} matrices, "
+            f"rank {', '.join(map(str, ranks))}{ignored}"
+        )
+    if switched_off:
+        lines.append(f"{switched_off} switched off by multiplier 0")
+    if len(stack) > 1:
+        lines.append(
+            "no parameter is touched twice" if _disjoint(stack) else "some parameters are touched more than once"
+        )
+    return "\n".join(lines)
+
+
+def _disjoint(stack: Sequence[LoadedLoRA]) -> bool:
+    try:
+        for one, other in combinations(stack, 2):
+            _check_disjoint(one, other)
+    except Collision:
+        return False
+    return True

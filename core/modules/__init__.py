@@ -1,0 +1,1 @@
+"""Building blocks that the transformers and VAEs of several families share."""

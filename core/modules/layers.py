@@ -1,0 +1,79 @@
+"""Layers: a linear layer that an adapter can be attached to, and rotary embedding. L tokens, N heads, D head size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A frozen linear layer with room for one adapter, which adds its share to the output."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.adapter is None else self.adapter(x, y)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_tables(
+    sizes: Sequence[int], dims: Sequence[int], theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, 1, sum(dims) / 2) of axial rotary embedding for a grid of `sizes`, in float32.
+
+    `dims` are the head dimensions given to each axis (RoFormer, arXiv 2104.09864, axis by axis).
+    """
+    axes = []
+    for axis, (size, dim) in enumerate(zip(sizes, dims, strict=True)):
+        frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+        angle = torch.arange(size, device=device, dtype=torch.float32)[:, None] * frequency
+        view = [1] * len(sizes) + [dim // 2]
+        view[axis] = size
+        axes.append(angle.view(view).expand(*sizes, dim // 2))
+    angles = torch.cat(axes, -1).flatten(0, len(sizes) - 1).unsqueeze(1)  # (L, 1, D / 2)
+    return angles.cos(), angles.sin()
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotates pairs of neighbours in float32, head by head: neither a float32 copy of x nor x itself is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None  # a rotation's gradient is the rotation back
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for group, target in zip(x.split(8, dim=2), out.split(8, dim=2), strict=True):  # of heads, to bound memory
+        a, b = group[..., 0::2], group[..., 1::2]
+        target[..., 0::2] = a * cos - b * sin
+        target[..., 1::2] = a * sin + b * cos
+    return out
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary tables to x (B, L, N, D)."""
+    return _Rotary.apply(x, cos, sin)

@@ -1,0 +1,1 @@
+"""Sampling: schedules (`schedule.py`), solvers (`solvers.py`), guidance and its plan (`guidance.py`), decoding."""

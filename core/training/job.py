@@ -1,0 +1,193 @@
+"""The job description: everything that decides what a training makes, as one JSON file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..io.files import digest, read_json
+from ..lora.loraid import Loraid
+from .timesteps import SAMPLINGS
+
+VERSION = 1
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """The adapter: delta = alpha / rank * up @ down."""
+
+    rank: int = 16
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"LoRA rank is {self.rank}: use 1 or more (16 is a good start).")
+        _require(0 < self.alpha < math.inf, f"LoRA alpha is {self.alpha}: use a number above 0, such as the rank.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        _require(0 < rate <= 1, f"learning rate is {rate}: use a number above 0 and up to 1 (2e-4 is a good start).")
+        _require(0 <= self.weight_decay < 1, f"weight decay is {self.weight_decay}: use 0 or a little more (0.01).")
+        _require(self.warmup_steps >= 0, f"warm-up is {self.warmup_steps} steps: use 0 or more.")
+        _require(
+            self.gradient_accumulation >= 1, f"gradient accumulation is {self.gradient_accumulation}: use 1 or more."
+        )
+        _require(self.max_grad_norm >= 0, f"max gradient norm is {self.max_grad_norm}: use 1.0, or 0 for no limit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepSettings:
+    """How noise levels are drawn; see `timesteps.py`."""
+
+    sampling: str = "shift"
+    shift: float = 3.0
+    sigmoid_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.sampling in SAMPLINGS, f"timestep sampling '{self.sampling}': use one of {', '.join(SAMPLINGS)}.")
+        _require(0 < self.shift <= 100, f"flow shift is {self.shift}: use a number above 0 (3 is a good start).")
+        _require(
+            0 < self.sigmoid_scale <= 100, f"sigmoid scale is {self.sigmoid_scale}: use a number above 0, usually 1."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What to trade for memory. `precision` of the frozen weights and the computation."""
+
+    gradient_checkpointing: bool = True
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        allowed = ("auto", "bfloat16", "float16", "float32")
+        _require(self.precision in allowed, f"precision '{self.precision}': use one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSettings:
+    """When LoRA files are written besides the last one. 0 switches an interval off; `keep` 0 keeps all."""
+
+    every_steps: int = 0
+    every_epochs: int = 0
+    keep: int = 0
+    precision: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_epochs", "keep"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more.")
+        allowed = ("bfloat16", "float16", "float32")
+        _require(self.precision in allowed, f"precision '{self.precision}': use one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingItem:
+    """A cached sample: latents, text states, size of the latents, and fingerprints of both files."""
+
+    latents: str
+    text: str
+    size: tuple[int, int, int]
+    fingerprints: tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """The cached samples of one data set."""
+
+    title: str
+    batch_size: int
+    num_repeats: int
+    items: tuple[TrainingItem, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """`name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`."""
+
+    name: str
+    output_folder: str
+    family: str
+    variant: str
+    dit: str
+    dit_fingerprint: str
+    datasets: tuple[TrainingSet, ...]
+    steps: int
+    seed: int
+    loraid: Loraid | None = None
+    network: NetworkSettings = NetworkSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    timesteps: TimestepSettings = TimestepSettings()
+    memory: MemorySettings = MemorySettings()
+    save: SaveSettings = SaveSettings()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        _require(self.version == VERSION, f"this job is of version {self.version}, this pack runs version {VERSION}.")
+        _require(self.steps >= 1, f"steps is {self.steps}: use 1 or more.")
+        _require(
+            any(dataset.items for dataset in self.datasets), "there is nothing to train on: all data sets are empty."
+        )
+
+    @property
+    def digest(self) -> str:
+        """Two jobs with the same digest make the same LoRA."""
+        return digest(asdict(self))
+
+    @property
+    def final_path(self) -> Path:
+        return Path(self.output_folder) / f"{self.name}.safetensors"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_NESTED = {
+    "loraid": Loraid, "network": NetworkSettings, "optimizer": OptimizerSettings, "timesteps": TimestepSettings,
+    "memory": MemorySettings, "save": SaveSettings,
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], values: dict[str, Any]) -> T:
+    unknown = values.keys() - {entry.name for entry in fields(cls)}
+    _require(not unknown, f"job description: unknown entry '{min(unknown, default='')}' in {cls.__name__}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"job description: {cls.__name__} is incomplete ({error}).") from error
+
+
+def read_job(path: Path) -> Job:
+    """Read a job file. Raises ValueError that names what is wrong in it."""
+    values = dict(read_json(path))
+    for name, cls in _NESTED.items():
+        if values.get(name) is not None:
+            values[name] = _build(cls, values[name])
+    values["datasets"] = tuple(
+        _build(TrainingSet, {**dataset, "items": tuple(_item(item) for item in dataset["items"])})
+        for dataset in values.get("datasets", ())
+    )
+    return _build(Job, values)
+
+
+def _item(values: dict[str, Any]) -> TrainingItem:
+    item = {**values, "size": tuple(values["size"]), "fingerprints": tuple(values["fingerprints"])}
+    return _build(TrainingItem, item)

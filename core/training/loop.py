@@ -1,0 +1,98 @@
+"""The training loop: a generator of steps. Saving, progress and stopping are the caller's business."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flow import model_time
+from .batches import Batch
+from .job import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step; `index` counts from 1."""
+
+    index: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+class NotFinite(RuntimeError):
+    """The loss became NaN or infinite. The weights are those from before the step."""
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        list(parameters), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
+    )
+
+
+def learning_rate(settings: OptimizerSettings, step: int) -> float:
+    """The rate of 0-based `step`: rises in a line over the warm-up, then stays."""
+    return settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+
+
+def train(
+    dit: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[Sequence[Batch]],
+    settings: OptimizerSettings,
+    device: torch.device,
+    first: int = 0,
+) -> Iterator[Step]:
+    """Run one optimizer step for each element of `steps`, counting from 0-based `first`.
+
+    `dit` has its adapters attached; only they are in the optimizer. Raises NotFinite before a bad update.
+    """
+    for index, batches in enumerate(steps, start=first):
+        begin = time.perf_counter()
+        rate = learning_rate(settings, index)
+        loss = train_step(dit, optimizer, batches, rate, settings.max_grad_norm, device)
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss became {loss} at step {index + 1}. Nothing was updated with it. Lower the learning rate, or use "
+                "bfloat16 instead of float16."
+            )
+        yield Step(index + 1, loss, rate, time.perf_counter() - begin)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def train_step(
+    dit: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], rate: float, max_norm: float,
+    device: torch.device,
+) -> float:  # fmt: skip
+    """Forward and backward over `batches`, then one update. Returns the mean loss; not finite: nothing was updated."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    losses = []
+    for batch in batches:
+        loss = flow_loss(dit, batch, device) / len(batches)
+        loss.backward()
+        losses.append(loss.detach())
+    total = torch.stack(losses).sum()
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    value = float(total)  # the step's one wait for the device
+    if math.isfinite(value) and math.isfinite(float(norm)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    else:
+        value = math.nan
+    optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def flow_loss(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Mean squared error of the predicted velocity (flow matching, arXiv 2210.02747)."""
+    conditions = {name: value.to(device, non_blocking=True) for name, value in batch.conditions.items()}
+    latents, target, sigma = (x.to(device, non_blocking=True) for x in (batch.latents, batch.target, batch.sigma))
+    return F.mse_loss(dit(latents, model_time(sigma), **conditions).float(), target)

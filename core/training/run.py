@@ -1,0 +1,126 @@
+"""A run's folder, through which the process that trains and whoever watches it speak to each other.
+
+    job.json             what is trained
+    worker.json          which process works on it: id and start time
+    status.json          running, stopped, finished or failed; the step reached; the error
+    metrics.jsonl        one line per step
+    log.txt              what the process printed
+    stop                 written to ask the process to stop after its step
+    state-00000100.safetensors   everything needed to go on after step 100
+    lora-00000100.safetensors    the LoRA after step 100
+
+All are written atomically or by appending lines, so a reader never sees half of one, and nothing depends on either side
+being alive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..io.files import read_json, write_json
+from .job import Job, read_job
+
+RUNNING, STOPPED, FINISHED, FAILED = "running", "stopped", "finished", "failed"
+
+
+class Run:
+    """A run's folder; see the module for its files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of(cls, job: Job, runs: Path) -> Run:
+        """The folder of this job below `runs`, made if need be; the same job has the same folder."""
+        run = cls(runs / f"{Path(job.name).name}-{job.digest}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not run.path("job.json").exists():
+            write_json(run.path("job.json"), job.to_json())
+        return run
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def log(self) -> Path:
+        return self.path("log.txt")
+
+    def job(self) -> Job:
+        return read_job(self.path("job.json"))
+
+    def status(self) -> dict[str, Any]:
+        """The last status written, with `state` corrected when the process behind a running one is gone."""
+        if not self.path("status.json").exists():
+            return {"state": STOPPED, "step": 0}
+        status = read_json(self.path("status.json"))
+        if status["state"] == RUNNING and not self.is_alive():
+            status["state"] = STOPPED
+        return status
+
+    def write_status(self, state: str, step: int, **details: Any) -> None:
+        write_json(self.path("status.json"), {"state": state, "step": step, **details})
+
+    def claim(self) -> None:
+        """Make this process the run's worker. Raises RuntimeError while another one is at work."""
+        if self.is_alive():
+            raise RuntimeError(f"another process is already working on {self.folder}.")
+        write_json(self.path("worker.json"), {"pid": os.getpid(), "started": psutil.Process().create_time()})
+        self.path("stop").unlink(missing_ok=True)
+
+    def is_alive(self) -> bool:
+        """Whether the process that claimed the run still exists (a process id alone may have been given out again)."""
+        if not self.path("worker.json").exists():
+            return False
+        worker = read_json(self.path("worker.json"))
+        try:
+            process = psutil.Process(worker["pid"])
+            return abs(process.create_time() - worker["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def ask_to_stop(self) -> None:
+        self.path("stop").touch()
+
+    @property
+    def should_stop(self) -> bool:
+        return self.path("stop").exists()
+
+    def append_metrics(self, entry: dict[str, Any]) -> None:
+        with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All steps so far; a line that is still being written is left for the next time."""
+        path = self.path("metrics.jsonl")
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget steps after `step`, which will be done again."""
+        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        temporary = self.path("metrics.tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        os.replace(temporary, self.path("metrics.jsonl"))
+
+    def state_path(self, step: int) -> Path:
+        return self.path(f"state-{step:08d}.safetensors")
+
+    def lora_path(self, step: int) -> Path:
+        return self.path(f"lora-{step:08d}.safetensors")
+
+    def states(self) -> Sequence[Path]:
+        """State files, the newest first."""
+        return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
+
+    def log_end(self, lines: int = 30) -> str:
+        if not self.log.exists():
+            return "(nothing was logged)"
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,0 +1,214 @@
+"""The process that trains one job: loads, resumes, runs the loop, saves, and says in the run's folder how it goes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from ..data.prefetch import prefetched
+from ..devices import best_device, compute_dtype, peak_memory
+from ..families import FAMILIES, open_part
+from ..family import Family
+from ..io.files import atomic, fingerprint
+from ..lora import files, loraid
+from ..lora.adapter import LoRA, attached, untrained_adapters
+from ..lora.files import Factors
+from ..lora.inventory import Matrix, inventory
+from ..weights import load_into
+from . import batches, loop, run, state
+from .job import Job
+from .run import Run
+
+log = logging.getLogger("videolora.training")
+_STATE_SECONDS = 600  # a crash costs at most this much work, whatever the save settings
+_STATUS_SECONDS = 0.2
+
+
+def work(folder: Path, device: str | None = None) -> int:
+    """Train the job in `folder` to its end or until it is asked to stop. Returns the process's exit code."""
+    this = Run(folder)
+    this.claim()
+    try:
+        this.write_status(run.RUNNING, this.status()["step"])
+        _train(this, this.job(), torch.device(device) if device else best_device())
+    except torch.OutOfMemoryError as error:
+        advice = (
+            "Use fewer frames, a smaller resolution, batch size 1 or a lower rank, and leave gradient checkpointing on."
+        )
+        return _failed(this, f"out of memory ({error}). {advice}")
+    except (OSError, ValueError, loop.NotFinite) as error:
+        return _failed(this, str(error))
+    except Exception as error:
+        log.error("%s", traceback.format_exc())
+        return _failed(this, f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _failed(this: Run, error: str) -> int:
+    log.error("%s", error)
+    this.write_status(run.FAILED, this.status()["step"], error=error)
+    return 1
+
+
+def _train(this: Run, job: Job, device: torch.device) -> None:
+    dtype = compute_dtype(device) if job.memory.precision == "auto" else getattr(torch, job.memory.precision)
+    family = FAMILIES[job.family]
+    dit, matrices = _load_dit(job, family, dtype, device)
+    rows, metadata = _share(job, family, matrices)
+    adapters = {
+        name: adapter.to(device)
+        for name, adapter in untrained_adapters(dit, rows, job.network.rank, job.network.alpha, job.seed).items()
+    }
+    trained = sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
+    log.info("training %d matrices, %s parameters of rank %d, %s on %s", len(adapters), f"{trained:,}", job.network.rank,
+             str(dtype).removeprefix("torch."), device)  # fmt: skip
+    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+    optimizer = loop.make_optimizer(parameters, job.optimizer)
+    first = state.load_state(this, adapters, optimizer, job.digest)
+    if first:
+        log.info("going on after step %d", first)
+    this.cut_metrics(first)
+    writer = _Writer(this, job, family, matrices, adapters, optimizer, metadata)
+    with attached(dit, adapters):
+        _run_steps(this, job, family, dit, optimizer, device, first, writer)
+
+
+def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, optimizer: torch.optim.Optimizer,
+               device: torch.device, first: int, writer: _Writer) -> None:  # fmt: skip
+    per_epoch = batches.steps_per_epoch(job)
+    done, saved_at, reported_at = first, time.monotonic(), 0.0
+    with closing(prefetched(batches.steps(job, family, first))) as data:
+        for step in loop.train(dit, optimizer, data, job.optimizer, device, first):
+            done = step.index
+            this.append_metrics({
+                "step": done, "loss": step.loss, "learning_rate": step.learning_rate, "seconds": step.seconds,
+                "epoch": (done - 1) // per_epoch + 1, "memory": peak_memory(device),
+            })  # fmt: skip
+            if time.monotonic() - reported_at > _STATUS_SECONDS:
+                reported_at = time.monotonic()
+                this.write_status(run.RUNNING, done)
+            stopping = this.should_stop and done < job.steps
+            if stopping or _is_due(job, done, per_epoch):
+                writer.save(done, publish=not stopping)
+                saved_at = time.monotonic()
+            elif time.monotonic() - saved_at > _STATE_SECONDS:
+                writer.save_state(done)
+                saved_at = time.monotonic()
+            if stopping:
+                this.write_status(run.STOPPED, done)
+                log.info("stopped after step %d of %d; run the same job again to go on", done, job.steps)
+                return
+    written = writer.finish(job.steps)
+    this.write_status(run.FINISHED, job.steps, files=[str(path) for path in written])
+    log.info("finished: %s", job.final_path)
+
+
+def _is_due(job: Job, step: int, per_epoch: int) -> bool:
+    intervals = (job.save.every_steps, job.save.every_epochs * per_epoch)
+    return step < job.steps and any(interval and step % interval == 0 for interval in intervals)
+
+
+def _load_dit(
+    job: Job, family: Family, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.nn.Module, list[Matrix]]:
+    path = Path(job.dit)
+    checkpoint, part = open_part(path, "dit")
+    if fingerprint(path) != job.dit_fingerprint:
+        raise ValueError(
+            f"{path} is not the checkpoint this job was made for: it was changed. Queue the training again."
+        )
+    with torch.device("meta"):
+        dit = family.build_dit(part.config)
+    begin = time.perf_counter()
+    load_into(dit, checkpoint, part.keymap, dtype, device)
+    dit.run_block.recompute = job.memory.gradient_checkpointing
+    log.info("loaded %s (%s) in %.1f s", path.name, part.title, time.perf_counter() - begin)
+    return dit, inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
+
+
+def _share(job: Job, family: Family, matrices: list[Matrix]) -> tuple[dict[str, loraid.Rows], dict[str, str]]:
+    """The rows to train, and what the file says of them: a LORAID's share, or the whole model."""
+    if job.loraid is None:
+        return {matrix.name: (0, matrix.rows) for matrix in matrices}, {}
+    allocation = loraid.allocate(matrices, job.loraid)
+    log.info("%s", allocation.report())
+    return allocation.rows, allocation.metadata(family.name)
+
+
+class _Writer:
+    """Writes the run's files and publishes LoRAs where ComfyUI finds them."""
+
+    def __init__(self, this: Run, job: Job, family: Family, matrices: list[Matrix], adapters: Mapping[str, LoRA],
+                 optimizer: torch.optim.Optimizer, metadata: dict[str, str]) -> None:  # fmt: skip
+        self.run, self.job, self.family, self.adapters, self.optimizer = this, job, family, adapters, optimizer
+        self.rows = {matrix.name: matrix.rows for matrix in matrices}
+        self.metadata = metadata
+
+    def save_state(self, step: int) -> None:
+        state.save_state(self.run, step, self.adapters, self.optimizer, self.job.digest)
+
+    def save(self, step: int, publish: bool = True) -> None:
+        """LoRA and state after `step`. The state comes last: where it is, its LoRA is too."""
+        self._save_lora(step)
+        if publish:
+            self._publish(step, self.published_path(step))
+        self.save_state(step)
+        self._remove_old()
+
+    def finish(self, step: int) -> list[Path]:
+        """The last LoRA under its plain name; all files that were published."""
+        self._save_lora(step)
+        self._publish(step, self.job.final_path)
+        self.save_state(step)
+        return [*self._intermediate(), self.job.final_path]
+
+    def published_path(self, step: int) -> Path:
+        return self.job.final_path.with_name(f"{self.job.final_path.stem}-step{step:08d}.safetensors")
+
+    def _intermediate(self) -> list[Path]:
+        steps = (int(path.stem.removeprefix("lora-")) for path in self.run.folder.glob("lora-*.safetensors"))
+        return [path for path in map(self.published_path, sorted(steps)) if path.exists()]
+
+    def _remove_old(self) -> None:
+        if self.job.save.keep:
+            for path in self._intermediate()[: -self.job.save.keep]:
+                path.unlink(missing_ok=True)
+
+    def _publish(self, step: int, target: Path) -> None:
+        with atomic(target) as temporary:
+            shutil.copyfile(self.run.lora_path(step), temporary)
+        log.info("saved %s", target)
+
+    def _save_lora(self, step: int) -> None:
+        dtype = getattr(torch, self.job.save.precision)
+        factors = {}
+        for name, adapter in self.adapters.items():
+            up = torch.zeros(self.rows[name], adapter.up.shape[1])  # rows of others stay zero: any loader can read it
+            up[adapter.rows[0] : adapter.rows[1]] = adapter.up.detach().cpu()
+            factors[name] = Factors(adapter.down.detach().cpu().to(dtype), up.to(dtype), self.job.network.alpha)
+        files.save(self.run.lora_path(step), factors, self._lora_metadata(step))
+
+    def _lora_metadata(self, step: int) -> dict[str, str]:
+        job = self.job
+        return {
+            "ss_network_module": "videolora", "ss_network_dim": str(job.network.rank),
+            "ss_network_alpha": str(job.network.alpha), "ss_base_model_version": self.family.name,
+            "ss_output_name": Path(job.name).name, "ss_steps": str(step), "ss_seed": str(job.seed),
+            "ss_learning_rate": str(job.optimizer.learning_rate), "ss_optimizer": "AdamW",
+            "ss_timestep_sampling": job.timesteps.sampling, "ss_discrete_flow_shift": str(job.timesteps.shift),
+            "ss_sd_model_name": Path(job.dit).name, "ss_max_train_steps": str(job.steps),
+            "ss_num_train_items": str(sum(len(dataset.items) * dataset.num_repeats for dataset in job.datasets)),
+            "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{self.family.base_model}/lora",
+            "modelspec.title": Path(job.name).name,
+            "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "videolora_job": job.digest, "videolora_variant": job.variant,
+            **self.metadata,
+        }  # fmt: skip

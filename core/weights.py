@@ -1,0 +1,156 @@
+"""Checkpoints read lazily and strictly: names and shapes at once, values only when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .io import safetensors, torch_file
+from .io.safetensors import TensorInfo
+from .keymap import KeyMap
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# A scaled fp8 weight is stored beside the factor that restores it (facts of the format: W = fp8 * scale).
+_SCALES = ("scale_weight", "weight_scale")
+_NO_WEIGHTS = ("scaled_fp8", "spiece_model", "tokenizer", "tokenizer_json")
+_NO_WEIGHT_SUFFIXES = (".comfy_quant", ".position_ids", ".scale_input", ".input_scale")
+
+
+class Checkpoint:
+    """One model file, or all the shards it belongs to.
+
+    `tensors` maps each weight's name, without the file's prefix, to its TensorInfo. Tokenizers, fp8 scales and other
+    things that are no weights are not in it; `extra(name)` reads those.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str],
+                 read: Callable[[str], Tensor], prefix: str = "") -> None:  # fmt: skip
+        self.path = path
+        self.metadata = dict(metadata)
+        self.prefix = prefix
+        self._all = tensors
+        self._read = read
+        names = (name for name in tensors if name.startswith(prefix))
+        self.tensors = {name[len(prefix) :]: tensors[name] for name in names if _is_weight(name)}
+
+    def without_prefix(self, prefix: str) -> Checkpoint:
+        """The same file, seen through the names that follow `prefix`."""
+        return Checkpoint(self.path, self._all, self.metadata, self._read, prefix)
+
+    def extra(self, name: str) -> Tensor | None:
+        """A tensor that is no weight, such as a tokenizer, or None."""
+        return self._read(name) if name in self._all else None
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One weight on the CPU, fp8 scales applied; in `dtype`, or as it is stored."""
+        full = self.prefix + name
+        value = self._read(full)
+        if value.dtype in _FP8:
+            layer = full.removesuffix("weight")
+            scale = next((self._read(layer + s) for s in _SCALES if layer + s in self._all), None)
+            if scale is not None:
+                value = value.float() * scale.float().reshape(-1, *[1] * (value.ndim - 1))
+                return value.to(dtype or torch.bfloat16)
+        return value if dtype is None else value.to(dtype)
+
+
+def _is_weight(name: str) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return last not in _NO_WEIGHTS and last not in _SCALES and not name.endswith(_NO_WEIGHT_SUFFIXES)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model file; a file that is one of several shards opens all of them.
+
+    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path.name} is not a model file: expected one of {', '.join(SUFFIXES)}.")
+    if path.suffix.lower() != ".safetensors":
+        tensors = torch_file.load(path)
+        infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        return Checkpoint(path, infos, {}, tensors.__getitem__)
+    infos, homes, metadata = {}, {}, {}
+    for shard in shards(path):
+        header = safetensors.read_header(shard)
+        infos.update(header.tensors)
+        metadata.update(header.metadata)
+        homes.update(dict.fromkeys(header.tensors, shard))
+    if not infos:
+        raise ValueError(f"{path.name} holds no tensors.")
+
+    def read(name: str) -> Tensor:
+        with open(homes[name], "rb") as file:
+            return safetensors.read_tensor(file, infos[name])
+
+    return Checkpoint(path, infos, metadata, read)
+
+
+def shards(path: Path) -> list[Path]:
+    """All files a model file belongs to: itself, or all shards when it is one. FileNotFoundError when one is missing."""
+    match = _SHARD.fullmatch(path.name)
+    if not match:
+        return [path]
+    stem, count = match[1], int(match[2])
+    files = [path.with_name(f"{stem}-{index:05d}-of-{count:05d}.safetensors") for index in range(1, count + 1)]
+    missing = [shard.name for shard in files if not shard.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path.name} is one of {count} files, and these are missing: {', '.join(missing)}.")
+    return files
+
+
+@torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, whose tensors cannot take part in a backward pass
+def load_into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    keymap: KeyMap,
+    dtype: torch.dtype | Callable[[str], torch.dtype],
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Fill a module that was built on the meta device, one tensor at a time; frozen, in inference behaviour.
+
+    `dtype` is one for all, or chosen by the parameter's name. Raises ValueError that lists what is missing, left over
+    or of another shape.
+    """
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    sources = {keymap.to_model(name): name for name in checkpoint.tensors}
+    check_names(wanted, {name: checkpoint.tensors[source].shape for name, source in sources.items()}, checkpoint.path)
+    state = {}
+    for name in wanted:
+        target = dtype(name) if callable(dtype) else dtype
+        state[name] = checkpoint.read(sources[name], target).to(device)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.requires_grad_(False).train(False)
+
+
+def check_names(wanted: Mapping[str, tuple], found: Mapping[str, tuple], path: Path) -> None:
+    """Raise ValueError unless `found` has exactly the names and shapes `wanted`."""
+    problems = [
+        *_listed("missing", wanted.keys() - found.keys()),
+        *_listed("not part of this model", found.keys() - wanted.keys()),
+        *_listed(
+            "of another shape",
+            [
+                f"{n} {list(found[n])} instead of {list(wanted[n])}"
+                for n in wanted
+                if n in found and wanted[n] != found[n]
+            ],
+        ),
+    ]
+    if problems:
+        raise ValueError(f"{path.name} does not fit the model it was recognised as: " + "; ".join(problems) + ".")
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    return [f"{len(names)} tensors {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"]

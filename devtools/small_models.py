@@ -1,0 +1,145 @@
+"""Small Wan checkpoints with the official tensor names, under the official file names.
+
+The VAE is a real, if blurry, video codec (`small_vae.py`). The transformer is trained for a short while on simple
+moving shapes, so that what a LoRA teaches it can be seen. The text encoder is random, but tells words apart.
+
+    python devtools/small_models.py MODELS_FOLDER
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import clips
+import pack
+from small_vae import wan_vae_tensors
+from tokenizer import train_tokenizer
+
+DIT = "diffusion_models/wan2.1_t2v_1.3B_bf16.safetensors"
+VAE = "vae/wan_2.1_vae.safetensors"
+TEXT = "text_encoders/umt5_xxl_fp16.safetensors"
+
+TEXT_DIM = 4096  # ComfyUI knows Wan by this
+CLIPS, FRAMES = 160, 13
+STEPS, BATCH, RATE = 300, 8, 2e-3
+
+
+def text_encoder(texts: list[str], dim: int = TEXT_DIM, inner: int = 128, heads: int = 2, depth: int = 2):
+    """Tensors of a small umT5 as ComfyUI stores it, with its tokenizer inside."""
+    import sentencepiece
+
+    model = train_tokenizer(texts, 400)
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+
+    tensors = {"shared.weight": torch.randn(vocabulary, dim, generator=generator)}
+    for index in range(depth):
+        layers = f"encoder.block.{index}.layer"
+        for name in "qkv":
+            tensors[f"{layers}.0.SelfAttention.{name}.weight"] = random(inner, dim)
+        tensors[f"{layers}.0.SelfAttention.o.weight"] = random(dim, inner)
+        tensors[f"{layers}.0.SelfAttention.relative_attention_bias.weight"] = random(32, heads)
+        tensors[f"{layers}.0.layer_norm.weight"] = torch.ones(dim)
+        tensors[f"{layers}.1.DenseReluDense.wi_0.weight"] = random(64, dim)
+        tensors[f"{layers}.1.DenseReluDense.wi_1.weight"] = random(64, dim)
+        tensors[f"{layers}.1.DenseReluDense.wo.weight"] = random(dim, 64)
+        tensors[f"{layers}.1.layer_norm.weight"] = torch.ones(dim)
+    tensors["encoder.final_layer_norm.weight"] = torch.ones(dim)
+    return {**{name: value.half() for name, value in tensors.items()},
+            "spiece_model": torch.frombuffer(bytearray(model), dtype=torch.uint8)}  # fmt: skip
+
+
+def dit(dim: int = 256, ffn: int = 512, depth: int = 6, seed: int = 3) -> torch.nn.Module:
+    """An untrained Wan transformer."""
+    wan = pack.load("core.families.wan.dit")
+    config = wan.WanConfig(
+        dim=dim, ffn_dim=ffn, depth=depth, in_channels=16, out_channels=16, text_dim=TEXT_DIM, freq_dim=256
+    )
+    torch.manual_seed(seed)
+    model = wan.WanDiT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("modulation"):
+                parameter.normal_(0, 0.02)
+            elif name.endswith("bias") or name in ("head.head.weight", "time_projection.1.weight"):
+                parameter.zero_()
+            elif parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return model
+
+
+def pretrain(model: torch.nn.Module, latents: torch.Tensor, states: list) -> None:
+    """Teach the transformer moving shapes.
+
+    Its text embedding stays random and is applied once beforehand: it alone would take half of the time.
+    """
+    family = pack.load("core.families").FAMILIES["wan"]
+    flow = pack.load("core.flow")
+    with torch.no_grad():
+        text = model.text_embedding(family.conditions(states)["text_states"])
+    embedding, model.text_embedding = model.text_embedding, torch.nn.Identity()
+    generator = torch.Generator().manual_seed(11)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.1)
+    begin, losses = time.monotonic(), []
+    for step in range(STEPS):
+        chosen = torch.randint(len(latents), (BATCH,), generator=generator)
+        data = latents[chosen]
+        noise = torch.randn(data.shape, generator=generator)
+        sigma = flow.shifted(torch.sigmoid(torch.randn(BATCH, generator=generator)), 3.0)
+        output = model(flow.noised(data, noise, sigma), flow.model_time(sigma), text_states=text[chosen])
+        loss = torch.nn.functional.mse_loss(output, flow.velocity(data, noise))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 50 == 0:
+            print(
+                f"  step {step + 1} of {STEPS}, loss {sum(losses[-50:]) / 50:.3f}, {time.monotonic() - begin:.0f} s",
+                flush=True,
+            )
+    model.text_embedding = embedding
+
+
+def main(folder: Path) -> None:
+    safetensors = pack.load("core.io.safetensors")
+    families = pack.load("core.families")
+    caching = pack.load("core.data.caching")
+    weights = pack.load("core.weights")
+    if all((folder / name).exists() for name in (DIT, VAE, TEXT)):
+        return
+    print("rendering clips to train the small transformer on", flush=True)
+    rendered = [clips.render_generic(seed, FRAMES) for seed in range(CLIPS)]
+    texts = [caption for _, caption in rendered] + list(clips.CHARACTERS) + list(clips.CHARACTERS.values())
+    safetensors.save(folder / VAE, wan_vae_tensors(), {})
+    safetensors.save(folder / TEXT, text_encoder(texts), {})
+    family = families.FAMILIES["wan"]
+    checkpoint, part = families.open_part(folder / VAE, "vae")
+    vae = weights.load_into(family.build_vae(part.config), checkpoint, part.keymap, torch.float32)
+    checkpoint, part = families.open_part(folder / TEXT, "text_encoder")
+    encoder = family.load_text(checkpoint, part, torch.float32)
+    cpu = torch.device("cpu")
+    videos = torch.cat([caching.to_video(frames, cpu) for frames, _ in rendered])
+    latents = torch.cat([family.latent.to_model(vae.encode(some)) for some in videos.split(8)])
+    states = encoder.encode([caption for _, caption in rendered])
+    model = dit()
+    print("training the small transformer", flush=True)
+    pretrain(model, latents, states)
+    tensors = {name: value.detach().bfloat16() for name, value in model.state_dict().items()}
+    safetensors.save(folder / DIT, tensors, {})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

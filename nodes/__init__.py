@@ -1,0 +1,33 @@
+"""The nodes: sockets, tooltips and checks. Everything they do is in `core`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .caching import CacheLatents, CacheText
+from .data import DatasetFolder, DatasetTOML
+from .loaders import LoadDiT, LoadT5, LoadVAE
+from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
+from .sampling import CFGSkip, Decode, EmptyLatent, EncodeText, FlowSchedule, Sample
+from .settings import (
+    MemorySettingsNode,
+    NetworkSettingsNode,
+    OptimizerSettingsNode,
+    SaveSettingsNode,
+    SelectLORAID,
+    TimestepSettingsNode,
+)
+from .training import Train
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadDiT, LoadVAE, LoadT5,
+    DatasetFolder, DatasetTOML,
+    CacheLatents, CacheText,
+    SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, MemorySettingsNode,
+    SaveSettingsNode, Train,
+    EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
+    LoadLoRA, ApplyLoRA, MergeLoRA,
+]  # fmt: skip
+
+
+class VideoLoRA(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

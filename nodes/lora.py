@@ -1,0 +1,133 @@
+"""LoRAs after training: choose several, apply them, merge them into a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..core.lora.merge import is_merged, merge
+from ..core.lora.stack import StackEntry, load_stack, report
+from . import handles, paths
+from .progress import Progress, say
+
+CATEGORY = "VideoLoRA/lora"
+
+
+class LoadLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadLoRA",
+            display_name="Load Video LoRA",
+            category=CATEGORY,
+            description="Adds a LoRA to a stack. Chain several of these to use several LoRAs together.",
+            inputs=[
+                io.Float.Input("multiplier", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
+                               tooltip="Strength. 0 switches the LoRA off completely."),
+                io.Int.Input("loraid", default=0, min=0, max=100000,
+                             tooltip="The LORAID this file must be of, as a check. 0: whatever it is."),
+                io.Combo.Input("lora", options=paths.model_files("loras"),
+                               tooltip="A file in ComfyUI's models/loras or output/loras."),
+                handles.Stack.Input("loras", optional=True, tooltip="The stack so far."),
+            ],
+            outputs=[handles.Stack.Output("stack", display_name="loras")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **_) -> int:
+        path = paths.model_path("loras", lora)
+        return path.stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, multiplier: float, loraid: int, lora: str, loras: tuple[StackEntry, ...] = ()) -> io.NodeOutput:
+        return io.NodeOutput((*loras, StackEntry(paths.model_path("loras", lora), multiplier, loraid)))
+
+
+class ApplyLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRAApplyLoRA",
+            display_name="Apply LoRAs",
+            category=CATEGORY,
+            description="Applies a stack of LoRAs to the model, for sampling or merging. Checks that every file belongs to the "
+            "model, is the LORAID that was asked for, and touches nothing that another one touches.",
+            inputs=[
+                handles.DiT.Input("dit", tooltip="The model."),
+                handles.Stack.Input("loras", tooltip="From Load Video LoRA or Train Video LoRA."),
+                io.Boolean.Input("allow_overlap", default=False,
+                                 tooltip="Use LoRAs together although they change the same parameters."),
+            ],
+            outputs=[handles.DiT.Output("applied", display_name="dit"), io.String.Output("report", display_name="report")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, dit: handles.DiTFile, loras: tuple[StackEntry, ...], allow_overlap: bool) -> io.NodeOutput:
+        applied = dit.with_loras(loras, allow_overlap)
+        stack = _loaded(applied)
+        text = report(stack, switched_off=len(applied.loras) - len(stack))
+        say(text, cls.hidden.unique_id)
+        return io.NodeOutput(applied, text)
+
+
+def _loaded(dit: handles.DiTFile):
+    return load_stack(dit.loras, dit.family, dit.matrices, dit.variant.title, allow_overlap=dit.allow_overlap)
+
+
+class MergeLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRAMergeLoRA",
+            display_name="Merge LoRAs into Checkpoint",
+            category=CATEGORY,
+            description="Writes the model with the LoRAs applied to it as a checkpoint of its own, in ComfyUI's "
+            "output/diffusion_models. It is streamed: it needs disk space, but hardly any memory.",
+            inputs=[
+                handles.DiT.Input("dit", tooltip="The model, from Apply LoRAs."),
+                io.String.Input("name", default="merged", tooltip="Name of the new checkpoint; may hold a folder."),
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        try:
+            paths.output_file("diffusion_models", name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, dit: handles.DiTFile, name: str) -> io.NodeOutput:
+        stack = _loaded(dit)
+        if not stack:
+            raise ValueError(
+                "there is nothing to merge: link a model from Apply LoRAs, with a multiplier other than 0."
+            )
+        target = paths.output_file("diffusion_models", name)
+        if not is_merged(dit.path, target, stack):
+            _check_space(dit.path, target)
+            progress = Progress(cls.hidden.unique_id)
+            with closing(merge(dit.path, target, dit.prefix, dit.part, stack)) as steps:
+                for done, total in steps:
+                    progress.update(done, total)
+        text = f"{target}\n{report(stack)}"
+        say(text, cls.hidden.unique_id)
+        return io.NodeOutput(str(target), ui={"videolora_merge": [{"path": str(target), "text": text}]})
+
+
+def _check_space(source: Path, target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists already and is another merge. Choose another name, or delete it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(target.parent).free, source.stat().st_size
+    if free < needed:
+        raise ValueError(f"{target.parent} has {free / 2**30:.1f} GiB free and the merged checkpoint needs "
+                         f"{needed / 2**30:.1f} GiB.")  # fmt: skip

@@ -1,0 +1,248 @@
+"""The training node: describes the job, starts or joins its process, and shows how it goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+from comfy_api.latest import io
+
+from ..core.data.config import describe
+from ..core.io import safetensors
+from ..core.io.files import fingerprint
+from ..core.lora.loraid import Loraid, allocate
+from ..core.lora.stack import StackEntry
+from ..core.training import run as runs
+from ..core.training.job import (
+    Job,
+    TimestepSettings,
+    TrainingItem,
+    TrainingSet,
+)
+from ..core.training.run import Run
+from . import handles, paths
+from .progress import Progress
+
+CATEGORY = "VideoLoRA/training"
+_POLL_SECONDS = 0.2
+_CORE = Path(__file__).resolve().parents[1] / "core"
+
+
+class Train(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRATrain",
+            display_name="Train Video LoRA",
+            category=CATEGORY,
+            description="Trains a LoRA in a process of its own. Cancel stops after the running step with everything saved; "
+            "queue the same again to go on. A finished training is found again and returned at once.",
+            inputs=[
+                handles.DiT.Input("dit", tooltip="The model to train on."),
+                handles.LatentCacheType.Input("latents", lazy=True, tooltip="The clips, from Cache Latents."),
+                handles.TextCacheType.Input("text", lazy=True, tooltip="The captions, from Cache Text."),
+                io.String.Input("name", default="my_lora",
+                                tooltip="Name of the LoRA file in ComfyUI's output/loras; may hold a folder, as in people/anna."),
+                io.Int.Input("steps", default=1000, min=1, max=1000000, tooltip="Number of optimizer steps."),
+                io.Int.Input("seed", default=42, min=0, max=0xFFFFFFFF,
+                             tooltip="The same seed and data give the same LoRA."),
+                handles.LoraidType.Input("loraid", optional=True,
+                                         tooltip="Train only the share of this LORAID. Without it the whole model is adapted."),
+                handles.Network.Input("network", optional=True, tooltip="Rank and alpha."),
+                handles.Optimizer.Input("optimizer", optional=True, tooltip="Learning rate and more."),
+                handles.Timesteps.Input("timesteps", optional=True, tooltip="Which noise levels are trained."),
+                handles.Memory.Input("memory", optional=True, tooltip="What to trade for memory."),
+                handles.SaveType.Input("save", optional=True, tooltip="When to save on the way."),
+            ],
+            outputs=[
+                handles.Stack.Output("loras", display_name="loras"),
+                io.String.Output("path", display_name="path"),
+                io.LossMap.Output("loss", display_name="loss"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        try:
+            paths.output_file("loras", name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def check_lazy_status(
+        cls, dit: handles.DiTFile, loraid: Loraid | None = None, latents=None, text=None, **_
+    ) -> list[str]:
+        """Everything that is cheap to check comes before the caches, which may take hours."""
+        if loraid is not None:
+            allocate(dit.matrices, loraid)
+        if dit.loras:
+            raise ValueError(
+                "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
+            )
+        return [name for name, value in (("latents", latents), ("text", text)) if value is None]
+
+    @classmethod
+    def execute(cls, dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache, name: str, steps: int,
+                seed: int, loraid: Loraid | None = None, **settings: Any) -> io.NodeOutput:  # fmt: skip
+        settings.setdefault("timesteps", TimestepSettings(shift=dit.variant.training_shift))
+        target = paths.output_file("loras", name)
+        job = Job(
+            name=str(target.relative_to(paths.output_folder("loras")).with_suffix("").as_posix()),
+            output_folder=str(paths.output_folder("loras")),
+            family=dit.family.name,
+            variant=dit.variant.name,
+            dit=str(dit.path),
+            dit_fingerprint=fingerprint(dit.path),
+            datasets=_training_sets(dit, latents, text),
+            steps=steps,
+            seed=seed,
+            loraid=loraid,
+            **settings,
+        )
+        run = Run.of(job, paths.runs_folder())
+        if not _is_finished(run, job):
+            _train(run, job, Progress(cls.hidden.unique_id, job.steps))
+        metrics = run.metrics()
+        summary = _summary(run, job, metrics)
+        Progress(cls.hidden.unique_id).show(job.steps, job.steps, summary["text"])
+        return io.NodeOutput(
+            (StackEntry(job.final_path, 1.0, loraid.number if loraid else 0),),
+            str(job.final_path),
+            {"loss": [entry["loss"] for entry in metrics]},
+            ui={"videolora_run": [summary]},
+        )
+
+
+def _training_sets(
+    dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache
+) -> tuple[TrainingSet, ...]:
+    """The cached clips, each with its caption. Raises ValueError when the caches are not of this model and data."""
+    for cache, what in ((latents, "latents"), (text, "captions")):
+        if cache.family.name != dit.family.name:
+            raise ValueError(f"the {what} were cached for {cache.family.title}, and the model is {dit.family.title}.")
+    captions = {
+        (dataset.config.cache, item.key): planned
+        for dataset, texts in text.plans
+        for item, planned in zip(dataset.items, texts, strict=True)
+    }
+    sets = []
+    for plan in latents.plans:
+        config, items = plan.dataset.config, []
+        for window in plan.windows:
+            caption = captions.get((config.cache, window.item.key))
+            if caption is None:
+                raise ValueError(f"{window.item.source.name} has cached latents but no cached caption: link the same data sets "
+                                 "to Cache Latents and Cache Text.")  # fmt: skip
+            items.append(TrainingItem(
+                latents=str(window.path), text=str(caption.path), size=tuple(dit.family.latent.latents(window.size)),
+                fingerprints=(window.fingerprint, caption.fingerprint),
+            ))  # fmt: skip
+        sets.append(TrainingSet(title=config.title, batch_size=config.batch_size, num_repeats=config.num_repeats,
+                                items=tuple(items), settings=describe(config)))  # fmt: skip
+    return tuple(sets)
+
+
+def _is_finished(run: Run, job: Job) -> bool:
+    if run.status()["state"] != runs.FINISHED:
+        return False
+    try:
+        return safetensors.read_header(job.final_path).metadata.get("videolora_job") == job.digest
+    except (OSError, ValueError):
+        return False
+
+
+def _train(run: Run, job: Job, progress: Progress) -> None:
+    """Start the run's process, or join it, and follow it to its end."""
+    process = None
+    if not run.is_alive():
+        mm.unload_all_models()
+        mm.soft_empty_cache()
+        process = _start(run)
+    try:
+        while _at_work(run, process):
+            _show(run, job, progress)
+            time.sleep(_POLL_SECONDS)
+            if mm.processing_interrupted():
+                run.ask_to_stop()
+    finally:
+        run_ended = process.poll() if process else 0
+    mm.throw_exception_if_processing_interrupted()
+    status = run.status()
+    if status["state"] == runs.FINISHED:
+        return
+    if status["state"] == runs.FAILED:
+        raise RuntimeError(f"Training failed: {status['error']}\n\nThe end of {run.log}:\n{run.log_end()}")
+    if run.should_stop:
+        raise RuntimeError(f"Training was stopped after step {status['step']} of {job.steps}. Queue it again to go on.")
+    raise RuntimeError(
+        f"The training process ended unexpectedly (exit code {run_ended}) after step {_last_step(run)} of {job.steps}; it "
+        f"may have run out of main memory or been killed. Queue it again to go on from the last save.\n\nThe end of {run.log}:\n"
+        f"{run.log_end()}"
+    )
+
+
+def _at_work(run: Run, process: subprocess.Popen | None) -> bool:
+    return process.poll() is None if process else run.is_alive()
+
+
+def _start(run: Run) -> subprocess.Popen:
+    """The worker: this Python, our own file, no shell. It lives on when ComfyUI is closed; the run can then be joined."""
+    user_site = ["-s"] if sys.flags.no_user_site else []
+    command = [sys.executable, *user_site, str(_CORE), "train", str(run.folder), mm.get_torch_device().type]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    detached: dict[str, Any] = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    )
+    run.path("stop").unlink(missing_ok=True)
+    with open(run.log, "w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=run.folder,
+            **detached,
+        )  # fmt: skip
+
+
+def _last_step(run: Run) -> int:
+    metrics = run.metrics()
+    return metrics[-1]["step"] if metrics else 0
+
+
+def _show(run: Run, job: Job, progress: Progress) -> None:
+    metrics = run.metrics()
+    if metrics:
+        last = metrics[-1]
+        progress.show(last["step"], job.steps, _line(metrics, job))
+    elif run.log.exists():
+        progress.show(0, job.steps, run.log_end(1))
+
+
+def _line(metrics: list[dict[str, Any]], job: Job) -> str:
+    last, recent = metrics[-1], metrics[-50:]
+    pace = sum(entry["seconds"] for entry in recent) / len(recent)
+    left = int(pace * (job.steps - last["step"]))
+    return (
+        f"step {last['step']} of {job.steps}, loss {sum(entry['loss'] for entry in recent) / len(recent):.4f}, "
+        f"learning rate {last['learning_rate']:.2e}, {pace:.2f} s per step, {last['memory'] / 2**30:.1f} GiB, "
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    )
+
+
+def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the run did, for the editor and for API clients."""
+    tenth = max(1, len(metrics) // 10)
+    first, last = (sum(entry["loss"] for entry in part) / tenth for part in (metrics[:tenth], metrics[-tenth:]))
+    seconds = sum(entry["seconds"] for entry in metrics)
+    files = run.status().get("files", [])
+    return {
+        "name": job.name, "loraid": job.loraid.number if job.loraid else None, "steps": job.steps,
+        "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "run": str(run.folder),
+        "peak_memory": max(entry["memory"] for entry in metrics),
+        "text": f"{job.steps} steps in {seconds:.0f} s, loss {first:.4f} -> {last:.4f}\n" + "\n".join(files),
+    }  # fmt: skip
