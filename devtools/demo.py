@@ -92,7 +92,11 @@ class Bar:
     def __call__(self, kind: str, done: int, total: int) -> None:
         if self.live:
             filled = int(30 * done / max(total, 1))
-            print(f"\r{self.title:24} {kind.removeprefix('VideoLoRA'):16} [{'#' * filled:30}] {done}/{total}   ", end="", flush=True)
+            print(
+                f"\r{self.title:24} {kind.removeprefix('VideoLoRA'):16} [{'#' * filled:30}] {done}/{total}   ",
+                end="",
+                flush=True,
+            )
 
     def close(self, seconds: float) -> None:
         print(f"\r{self.title:24} done in {seconds:.0f} s" + " " * 60 * self.live, flush=True)
@@ -158,7 +162,9 @@ def main() -> None:
         }
         both, both_graph = submit(running, "sample with both", sampling_graph())
         merged, merge_graph = submit(running, "merge", graph("wan_t2v_merge"))
-        videos = {f"{folder}: {PROMPTS[folder][1]}": saved_video(running, outcome) for folder, (outcome, _) in trained.items()}
+        videos = {
+            f"{folder}: {PROMPTS[folder][1]}": saved_video(running, outcome) for folder, (outcome, _) in trained.items()
+        }
         videos[f"both: {BOTH}"] = saved_video(running, both)
     sheet = base / "output" / "contact_sheet.png"
     contact_sheet(videos, sheet)
@@ -174,7 +180,9 @@ def main() -> None:
     report(trained, both, merged, videos, sheet, stages)
 
 
-def report(trained: dict, both: client.Outcome, merged: client.Outcome, videos: dict, sheet: Path, stages: dict) -> None:
+def report(
+    trained: dict, both: client.Outcome, merged: client.Outcome, videos: dict, sheet: Path, stages: dict
+) -> None:
     print("\nwhat was cached")
     for folder, (outcome, prompt) in trained.items():
         for node, text in outcome.texts.items():

@@ -24,7 +24,14 @@ _START_SECONDS = 400  # a busy machine with two cores may need minutes
 
 
 def prepare(base: Path = BASE) -> Path:
-    """ComfyUI's base folder with the pack linked into it under a name that is no Python name, and the small models."""
+    """ComfyUI's base folder with the pack and the small models."""
+    link_pack(base)
+    subprocess.run([sys.executable, str(ROOT / "devtools" / "small_models.py"), str(base / "models")], check=True)
+    return base
+
+
+def link_pack(base: Path) -> None:
+    """The pack among the custom nodes of a base folder, under a name that is no Python name."""
     nodes = base / "custom_nodes"
     nodes.mkdir(parents=True, exist_ok=True)
     link = nodes / "Video-LoRA"
@@ -35,8 +42,6 @@ def prepare(base: Path = BASE) -> Path:
             _winapi.CreateJunction(str(ROOT), str(link))
         else:
             link.symlink_to(ROOT, target_is_directory=True)
-    subprocess.run([sys.executable, str(ROOT / "devtools" / "small_models.py"), str(base / "models")], check=True)
-    return base
 
 
 def command(base: Path, port: int, *words: str) -> list[str]:

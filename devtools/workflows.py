@@ -53,7 +53,8 @@ class Graph:
             node.id: {
                 "class_type": node.kind,
                 "inputs": {
-                    name: [value.node, value.slot] if isinstance(value, Out) else value for name, value in node.inputs.items()
+                    name: [value.node, value.slot] if isinstance(value, Out) else value
+                    for name, value in node.inputs.items()
                 },
                 "_meta": {"title": node.title or info[node.kind]["display_name"]},
             }

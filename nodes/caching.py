@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..core.data import caching
 from ..core.data.caching import CacheStep, LatentPlan
 from . import handles
-from .progress import Progress
+from .progress import Progress, say
 
 CATEGORY = "VideoLoRA/caching"
 
@@ -65,7 +65,7 @@ class CacheLatents(io.ComfyNode):
             caching.cache_latents(plans, vae.family, vae.load, mm.get_torch_device()), cls.hidden.unique_id, "latents"
         )
         report = "\n".join([f"latents: {_counts(steps)}", *map(_describe, plans)])
-        Progress(cls.hidden.unique_id).show(1, 1, report)
+        say(report, cls.hidden.unique_id)
         return io.NodeOutput(handles.LatentCache(vae.family, tuple(plans)), report)
 
 
@@ -108,5 +108,5 @@ class CacheText(io.ComfyNode):
         steps = _follow(caching.cache_text(everything, family, load), cls.hidden.unique_id, "captions")
         warnings = [f"  {step.name}: {step.reason}" for step in steps if step.reason]
         report = "\n".join([f"captions: {_counts(steps)}", *warnings])
-        Progress(cls.hidden.unique_id).show(1, 1, report)
+        say(report, cls.hidden.unique_id)
         return io.NodeOutput(handles.TextCache(family, tuple(plans)), report)

@@ -12,6 +12,7 @@ from ..core.data.config import EXTRACTIONS, DatasetConfig, default_cache, read_t
 from ..core.data.discovery import IMAGES, VIDEOS, media_files
 from ..core.families import FAMILIES
 from ..core.io.files import digest
+from ..core.shapes import VideoSize
 from . import handles, paths
 
 CATEGORY = "VideoLoRA/data"
@@ -86,6 +87,9 @@ class DatasetFolder(io.ComfyNode):
     def _find(cls, folder, caption_extension, width, height, frames, repeats, batch_size, buckets, extraction,
               frame_stride, frame_sample, max_frames) -> list[Dataset]:  # fmt: skip
         """The folder's videos and images, each as a data set."""
+        if not buckets:
+            for family in FAMILIES.values():
+                family.latent.check(VideoSize(1, height, width))
         path = paths.data_path(folder)
         kinds = [kind for kind, extensions in (("video", VIDEOS), ("image", IMAGES)) if media_files(path, extensions)]
         common = {

@@ -17,9 +17,6 @@ class Progress:
     def update(self, done: int, total: int, text: str = "") -> None:
         """Show how far it is. Raises ComfyUI's interrupt when the user has cancelled."""
         mm.throw_exception_if_processing_interrupted()
-        self.show(done, total, text)
-
-    def show(self, done: int, total: int, text: str = "") -> None:
         self.bar.update_absolute(done, total)
         if text:
             say(text, self.node_id)

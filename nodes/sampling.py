@@ -184,9 +184,10 @@ class Sample(io.ComfyNode):
                        guidance or dit.variant.guidance, seed, device)  # fmt: skip
         progress = Progress(cls.hidden.unique_id, schedule.steps)
         with attached(model, adapters(loaded, device, dit.dtype)), closing(steps):
-            for done, latents in enumerate(steps, start=1):
+            for done, reached in enumerate(steps, start=1):
                 progress.update(done, schedule.steps)
-        return io.NodeOutput({**latent, "samples": family.latent.from_model(latents).to(samples.device)})
+                sampled = reached
+        return io.NodeOutput({**latent, "samples": family.latent.from_model(sampled).to(samples.device)})
 
 
 def _states(dit: handles.DiTFile, conditioning):

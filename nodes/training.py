@@ -26,7 +26,7 @@ from ..core.training.job import (
 )
 from ..core.training.run import Run
 from . import handles, paths
-from .progress import Progress
+from .progress import Progress, say
 
 CATEGORY = "VideoLoRA/training"
 _POLL_SECONDS = 0.2
@@ -112,7 +112,7 @@ class Train(io.ComfyNode):
             _train(run, job, Progress(cls.hidden.unique_id, job.steps))
         metrics = run.metrics()
         summary = _summary(run, job, metrics)
-        Progress(cls.hidden.unique_id).show(job.steps, job.steps, summary["text"])
+        say(summary["text"], cls.hidden.unique_id)
         return io.NodeOutput(
             (StackEntry(job.final_path, 1.0, loraid.number if loraid else 0),),
             str(job.final_path),
@@ -170,23 +170,23 @@ def _train(run: Run, job: Job, progress: Progress) -> None:
         while _at_work(run, process):
             _show(run, job, progress)
             time.sleep(_POLL_SECONDS)
-            if mm.processing_interrupted():
-                run.ask_to_stop()
-    finally:
-        run_ended = process.poll() if process else 0
-    mm.throw_exception_if_processing_interrupted()
+    except mm.InterruptProcessingException:
+        run.ask_to_stop()
+        while _at_work(run, process):
+            time.sleep(_POLL_SECONDS)
+        raise
     status = run.status()
-    if status["state"] == runs.FINISHED:
-        return
     if status["state"] == runs.FAILED:
         raise RuntimeError(f"Training failed: {status['error']}\n\nThe end of {run.log}:\n{run.log_end()}")
-    if run.should_stop:
+    code = process.returncode if process else None
+    if code:
+        raise RuntimeError(
+            f"The training process ended unexpectedly (exit code {code}) after step {_last_step(run)} of {job.steps}; it "
+            "may have run out of main memory or been killed. Queue it again to go on from the last save.\n\n"
+            f"The end of {run.log}:\n{run.log_end()}"
+        )
+    if status["state"] != runs.FINISHED:
         raise RuntimeError(f"Training was stopped after step {status['step']} of {job.steps}. Queue it again to go on.")
-    raise RuntimeError(
-        f"The training process ended unexpectedly (exit code {run_ended}) after step {_last_step(run)} of {job.steps}; it "
-        f"may have run out of main memory or been killed. Queue it again to go on from the last save.\n\nThe end of {run.log}:\n"
-        f"{run.log_end()}"
-    )
 
 
 def _at_work(run: Run, process: subprocess.Popen | None) -> bool:
@@ -201,7 +201,7 @@ def _start(run: Run) -> subprocess.Popen:
     detached: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     )
-    run.path("stop").unlink(missing_ok=True)
+    run.forget_stop()
     with open(run.log, "w", encoding="utf-8") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=run.folder,
@@ -215,12 +215,13 @@ def _last_step(run: Run) -> int:
 
 
 def _show(run: Run, job: Job, progress: Progress) -> None:
+    """Raises ComfyUI's interrupt when the user has cancelled."""
     metrics = run.metrics()
     if metrics:
         last = metrics[-1]
-        progress.show(last["step"], job.steps, _line(metrics, job))
+        progress.update(last["step"], job.steps, _line(metrics, job))
     elif run.log.exists():
-        progress.show(0, job.steps, run.log_end(1))
+        progress.update(0, job.steps, run.log_end(1))
 
 
 def _line(metrics: list[dict[str, Any]], job: Job) -> str:

@@ -7,9 +7,10 @@ change under a number that somebody has trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
+from typing import NamedTuple
 
 from ..io.files import digest
 from .inventory import Matrix
@@ -100,8 +101,8 @@ def allocate(matrices: Sequence[Matrix], loraid: Loraid) -> Allocation:
 
     Raises ValueError when the model has no such LORAID, with the settings that would fit.
     """
-    units = _DIVIDE[loraid.unit](matrices)
-    total, n = len(units), loraid.units_per_id
+    total, unit = _DIVIDE[loraid.unit](matrices)
+    n = loraid.units_per_id
     capacity = -(-total // n)
     if loraid.number > capacity:
         raise ValueError(
@@ -110,8 +111,8 @@ def allocate(matrices: Sequence[Matrix], loraid: Loraid) -> Allocation:
         )
     first, last = (loraid.number - 1) * n, min(loraid.number * n, total) - 1
     rows: dict[str, Rows] = {}
-    for unit in units[first : last + 1]:
-        for name, (start, stop) in unit:
+    for index in range(first, last + 1):
+        for name, (start, stop) in unit(index):
             rows[name] = (min(start, rows[name][0]), max(stop, rows[name][1])) if name in rows else (start, stop)
     if not rows:
         raise ValueError(
@@ -126,44 +127,54 @@ def allocate(matrices: Sequence[Matrix], loraid: Loraid) -> Allocation:
 Unit = list[tuple[str, Rows]]
 
 
-def _whole(matrix: Matrix) -> tuple[str, Rows]:
-    return matrix.name, (0, matrix.rows)
+def _whole(matrices: Sequence[Matrix]) -> Unit:
+    return [(matrix.name, (0, matrix.rows)) for matrix in matrices]
 
 
-def _slots(matrices: Sequence[Matrix]) -> list[Unit]:
+class Division(NamedTuple):
+    """How many units there are, and what is in each."""
+
+    total: int
+    unit: Callable[[int], Unit]
+
+
+def _slots(matrices: Sequence[Matrix]) -> Division:
     """240 runs of neighbouring matrices, as equal in number as can be."""
-    cuts = [slot * len(matrices) // DIVISIONS for slot in range(DIVISIONS + 1)]
-    return [[_whole(m) for m in matrices[a:b]] for a, b in pairwise(cuts)]
+    count = len(matrices)
+    return Division(DIVISIONS, lambda i: _whole(matrices[i * count // DIVISIONS : (i + 1) * count // DIVISIONS]))
 
 
-def _blocks(matrices: Sequence[Matrix]) -> list[Unit]:
-    return [[_whole(m) for m in block] for _, block in groupby(matrices, key=lambda m: m.block)]
+def _blocks(matrices: Sequence[Matrix]) -> Division:
+    blocks = [list(block) for _, block in groupby(matrices, key=lambda matrix: matrix.block)]
+    return Division(len(blocks), lambda i: _whole(blocks[i]))
 
 
-def _matrices(matrices: Sequence[Matrix]) -> list[Unit]:
-    return [[_whole(m)] for m in matrices]
+def _matrices(matrices: Sequence[Matrix]) -> Division:
+    return Division(len(matrices), lambda i: _whole(matrices[i : i + 1]))
 
 
-def _bands(matrices: Sequence[Matrix]) -> list[Unit]:
+def _bands(matrices: Sequence[Matrix]) -> Division:
     """240 bands of rows through all matrices."""
-    units: list[Unit] = []
-    for band in range(DIVISIONS):
-        rows = ((m.name, (band * m.rows // DIVISIONS, (band + 1) * m.rows // DIVISIONS)) for m in matrices)
-        units.append([(name, (start, stop)) for name, (start, stop) in rows if stop > start])
-    return units
+
+    def band(index: int) -> Unit:
+        edges = ((m.name, (index * m.rows // DIVISIONS, (index + 1) * m.rows // DIVISIONS)) for m in matrices)
+        return [(name, (start, stop)) for name, (start, stop) in edges if stop > start]
+
+    return Division(DIVISIONS, band)
 
 
 _DIVIDE = {"slot": _slots, "block": _blocks, "matrix": _matrices, "row": _bands}
 
 
 def _suggestion(matrices: Sequence[Matrix], loraid: Loraid) -> str:
-    """Which settings have room for this number, most capacity per LORAID first."""
+    """For each kind of unit the largest number per LORAID, up to 12, at which this LORAID owns something."""
     fits = []
-    for unit in UNITS:
-        units = [unit for unit in _DIVIDE[unit](matrices) if unit]
-        if len(units) >= loraid.number:
-            per_id = max(n for n in range(1, len(units) + 1) if -(-len(units) // n) >= loraid.number)
-            fits.append(f"unit '{unit}' with {min(per_id, 12)} per LORAID")
+    for kind, divide in _DIVIDE.items():
+        total, unit = divide(matrices)
+        for n in range(12, 0, -1):
+            if any(unit(index) for index in range((loraid.number - 1) * n, min(loraid.number * n, total))):
+                fits.append(f"unit '{kind}' with {n} per LORAID")
+                break
     if not fits:
         return "No setting gives this model that many LORAIDs."
     return f"It would fit with {' or '.join(fits)}."

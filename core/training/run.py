@@ -71,7 +71,6 @@ class Run:
         if self.is_alive():
             raise RuntimeError(f"another process is already working on {self.folder}.")
         write_json(self.path("worker.json"), {"pid": os.getpid(), "started": psutil.Process().create_time()})
-        self.path("stop").unlink(missing_ok=True)
 
     def is_alive(self) -> bool:
         """Whether the process that claimed the run still exists (a process id alone may have been given out again)."""
@@ -90,6 +89,10 @@ class Run:
     @property
     def should_stop(self) -> bool:
         return self.path("stop").exists()
+
+    def forget_stop(self) -> None:
+        """A request to stop that was followed, or that is older than the process."""
+        self.path("stop").unlink(missing_ok=True)
 
     def append_metrics(self, entry: dict[str, Any]) -> None:
         with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:

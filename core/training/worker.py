@@ -103,6 +103,7 @@ def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, optimi
                 writer.save_state(done)
                 saved_at = time.monotonic()
             if stopping:
+                this.forget_stop()
                 this.write_status(run.STOPPED, done)
                 log.info("stopped after step %d of %d; run the same job again to go on", done, job.steps)
                 return
@@ -156,18 +157,18 @@ class _Writer:
         state.save_state(self.run, step, self.adapters, self.optimizer, self.job.digest)
 
     def save(self, step: int, publish: bool = True) -> None:
-        """LoRA and state after `step`. The state comes last: where it is, its LoRA is too."""
+        """LoRA and state after `step`, in the run's folder first: where publishing fails, nothing is lost."""
         self._save_lora(step)
+        self.save_state(step)
         if publish:
             self._publish(step, self.published_path(step))
-        self.save_state(step)
-        self._remove_old()
+            self._remove_old()
 
     def finish(self, step: int) -> list[Path]:
         """The last LoRA under its plain name; all files that were published."""
         self._save_lora(step)
-        self._publish(step, self.job.final_path)
         self.save_state(step)
+        self._publish(step, self.job.final_path)
         return [*self._intermediate(), self.job.final_path]
 
     def published_path(self, step: int) -> Path:

@@ -1,0 +1,342 @@
+"""Training: the worker in a process of its own, as ComfyUI starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from videolora.core.data import cache_files
+from videolora.core.families import FAMILIES, open_part
+from videolora.core.io.files import fingerprint
+from videolora.core.lora import files
+from videolora.core.lora.inventory import inventory
+from videolora.core.lora.loraid import Loraid, allocate
+from videolora.core.shapes import VideoSize
+from videolora.core.training import batches, loop, run
+from videolora.core.training.job import (
+    Job,
+    MemorySettings,
+    NetworkSettings,
+    OptimizerSettings,
+    SaveSettings,
+    TimestepSettings,
+    TrainingItem,
+    TrainingSet,
+    read_job,
+)
+from videolora.core.training.run import Run
+from videolora.core.training.timesteps import SAMPLINGS
+
+WAN = FAMILIES["wan"]
+CORE = Path(__file__).resolve().parents[3] / "core"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small checkpoint and five cached clips of two sizes."""
+    folder = tmp_path_factory.mktemp("training")
+    _, weights = reference.vector("wan21_t2v")
+    save_file(weights, folder / "dit.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for index in range(5):
+        size = VideoSize(5, 32, 48) if index < 3 else VideoSize(1, 48, 32)
+        latents, text = folder / f"{index}_latents.safetensors", folder / f"{index}_te.safetensors"
+        shape = WAN.latent.latents(size)
+        cache_files.save_latents(latents, torch.randn(16, *shape, generator=generator), size, WAN, str(index))
+        cache_files.save_text(text, {"varlen_t5": torch.randn(4 + index, 4096, generator=generator)}, "a clip", WAN, "")
+        items.append(
+            TrainingItem(latents=str(latents), text=str(text), size=tuple(shape), fingerprints=(str(index), ""))
+        )
+    return folder, tuple(items)
+
+
+def job(made, output, **changes):
+    folder, items = made
+    values = {
+        "name": "lora", "output_folder": str(output), "family": "wan", "variant": "2.1-t2v-1.3B",
+        "dit": str(folder / "dit.safetensors"), "dit_fingerprint": fingerprint(folder / "dit.safetensors"),
+        "datasets": (TrainingSet(title="clips", batch_size=2, num_repeats=1, items=items),), "steps": 6, "seed": 1,
+        "loraid": Loraid(number=1, unit="row", units_per_id=120), "network": NetworkSettings(rank=4, alpha=4.0),
+        "optimizer": OptimizerSettings(learning_rate=1e-2), "save": SaveSettings(precision="float32"),
+    }  # fmt: skip
+    return Job(**{**values, **changes})
+
+
+def start(this, *, wait=True):
+    with open(this.log, "a") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(CORE), "train", str(this.folder), "cpu"], stdout=log, stderr=log
+        )
+    return process.wait(120) if wait else process
+
+
+def trained(made, tmp_path, **changes):
+    described = job(made, tmp_path / "loras", **changes)
+    this = Run.of(described, tmp_path / "runs")
+    assert start(this) == 0, this.log_end()
+    return this, described
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL) if os.name != "nt" else process.kill()
+    process.wait()
+
+
+def test_a_job_makes_a_lora_file_of_its_loraid(made, tmp_path):
+    this, described = trained(made, tmp_path)
+    assert this.status() == {"state": "finished", "step": 6, "files": [str(described.final_path)]}
+    checkpoint, _ = open_part(Path(described.dit), "dit")
+    matrices = inventory(WAN, {name: info.shape for name, info in checkpoint.tensors.items()})
+    lora = files.read(described.final_path, matrices, "")
+    assert not lora.unmatched
+    assert lora.metadata["ss_loraid"] == "1" and lora.metadata["ss_steps"] == "6"
+    assert set(lora.factors) == {m.name for m in matrices}
+    owned = allocate(matrices, described.loraid).rows
+    for name, factors in lora.factors.items():
+        assert factors.touched() == owned[name]
+
+
+def test_the_loss_falls(made, tmp_path):
+    this, _ = trained(made, tmp_path, steps=40, optimizer=OptimizerSettings(learning_rate=3e-3), loraid=None)
+    losses = [entry["loss"] for entry in this.metrics()]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_every_step_is_reported(made, tmp_path):
+    this, _ = trained(made, tmp_path, optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=4))
+    metrics = this.metrics()
+    assert [entry["step"] for entry in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [entry["learning_rate"] for entry in metrics] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert [entry["epoch"] for entry in metrics] == [1, 1, 1, 2, 2, 2]
+    assert all(entry["seconds"] > 0 and entry["memory"] > 0 for entry in metrics)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_twenty_steps_are_ten_killed_resumed_and_ten_more_bit_for_bit(made, tmp_path, checkpointing):
+    settings = {
+        "steps": 20, "save": SaveSettings(every_steps=5, precision="float32"),
+        "memory": MemorySettings(gradient_checkpointing=checkpointing),
+        "optimizer": OptimizerSettings(learning_rate=1e-2, gradient_accumulation=2),
+    }  # fmt: skip
+    straight, _ = trained(made, tmp_path / "straight", **settings)
+    broken = Run.of(job(made, tmp_path / "broken" / "loras", **settings), tmp_path / "broken" / "runs")
+    process = start(broken, wait=False)
+    until(lambda: broken.state_path(10).exists())
+    kill(process)
+    reached = broken.metrics()[-1]["step"]
+    assert broken.status()["state"] == "stopped"
+    assert reached < 20, "it was too fast to be killed"
+    assert start(broken) == 0
+    expected, found = load_file(straight.job().final_path), load_file(broken.job().final_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    losses = [[entry["loss"] for entry in one.metrics()] for one in (straight, broken)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_asking_to_stop_saves_after_the_running_step_and_the_rest_can_follow(made, tmp_path):
+    this = Run.of(job(made, tmp_path / "loras", steps=2000), tmp_path / "runs")
+    process = start(this, wait=False)
+    until(lambda: len(this.metrics()) >= 3)
+    this.ask_to_stop()
+    assert process.wait(60) == 0
+    status = this.status()
+    assert status["state"] == "stopped" and 3 <= status["step"] < 2000
+    assert this.state_path(status["step"]).exists()
+    assert not this.job().final_path.exists()
+    process = start(this, wait=False)
+    until(lambda: this.metrics()[-1]["step"] > status["step"])
+    kill(process)
+    assert f"going on after step {status['step']}" in this.log.read_text()
+
+
+def test_files_on_the_way_are_written_and_only_so_many_kept(made, tmp_path):
+    this, described = trained(made, tmp_path, steps=8, save=SaveSettings(every_steps=2, keep=2))
+    names = sorted(path.name for path in Path(described.output_folder).iterdir())
+    assert names == ["lora-step00000004.safetensors", "lora-step00000006.safetensors", "lora.safetensors"]
+    assert [Path(path).name for path in this.status()["files"]] == names
+    with safe_open(Path(described.output_folder) / names[0], "pt") as file:
+        assert file.metadata()["ss_steps"] == "4"
+
+
+def test_saving_every_epoch_counts_epochs(made, tmp_path):
+    _, described = trained(made, tmp_path, steps=7, save=SaveSettings(every_epochs=1))
+    names = sorted(path.name for path in Path(described.output_folder).iterdir())
+    assert names == ["lora-step00000003.safetensors", "lora-step00000006.safetensors", "lora.safetensors"]
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(made, tmp_path):
+    this, _ = trained(made, tmp_path, steps=8, save=SaveSettings(every_steps=3, precision="float32"))
+    expected = load_file(this.job().final_path)
+    this.state_path(8).unlink()
+    this.state_path(6).write_bytes(this.state_path(6).read_bytes()[:1000])
+    assert start(this) == 0
+    assert "state-00000006.safetensors is skipped" in this.log.read_text()
+    found = load_file(this.job().final_path)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(made, tmp_path):
+    _, items = made
+    bad = tmp_path / "bad.safetensors"
+    tensors = load_file(items[0].latents)
+    save_file({name: value * torch.inf for name, value in tensors.items()}, bad)
+    sets = (TrainingSet(title="bad", batch_size=1, num_repeats=1, items=(replace(items[0], latents=str(bad)),)),)
+    this = Run.of(job(made, tmp_path / "loras", datasets=sets), tmp_path / "runs")
+    assert start(this) == 1
+    status = this.status()
+    assert status["state"] == "failed" and "the loss became nan at step 1" in status["error"]
+    assert not list(tmp_path.glob("loras/*"))
+
+
+def test_a_missing_cache_file_and_a_changed_checkpoint_are_named(made, tmp_path):
+    _, items = made
+    sets = (
+        TrainingSet(title="gone", batch_size=1, num_repeats=1, items=(replace(items[0], latents="/gone.safetensors"),)),
+    )
+    this = Run.of(job(made, tmp_path / "loras", datasets=sets), tmp_path / "runs")
+    assert start(this) == 1
+    assert "/gone.safetensors" in this.status()["error"]
+    this = Run.of(job(made, tmp_path / "loras", dit_fingerprint="other"), tmp_path / "runs")
+    assert start(this) == 1
+    assert "it was changed" in this.status()["error"]
+
+
+def test_a_second_process_does_not_touch_a_run_at_work(made, tmp_path):
+    this = Run.of(job(made, tmp_path / "loras", steps=2000), tmp_path / "runs")
+    process = start(this, wait=False)
+    try:
+        until(lambda: len(this.metrics()) >= 1)
+        assert start(this) != 0
+        assert "already working" in this.log.read_text()
+        assert this.is_alive() and this.status()["state"] == "running"
+    finally:
+        kill(process)
+    assert not this.is_alive()
+
+
+def test_saving_to_a_folder_that_cannot_be_made_fails_clearly_and_can_be_repeated(made, tmp_path):
+    (tmp_path / "loras").write_text("a file where the folder should be")
+    this = Run.of(job(made, tmp_path / "loras", steps=2), tmp_path / "runs")
+    assert start(this) == 1
+    assert "could not write" in this.status()["error"] and "lora.safetensors" in this.status()["error"]
+    (tmp_path / "loras").unlink()
+    assert start(this) == 0
+    assert this.job().final_path.exists()
+
+
+def test_the_same_job_has_the_same_folder_and_another_job_another(made, tmp_path):
+    one, same, other = job(made, tmp_path), job(made, tmp_path), job(made, tmp_path, seed=2)
+    runs = [Run.of(described, tmp_path / "runs").folder for described in (one, same, other)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_a_job_survives_its_file(made, tmp_path):
+    described = job(made, tmp_path)
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(described.to_json()))
+    assert read_job(path) == described and read_job(path).digest == described.digest
+    path.write_text(json.dumps({**described.to_json(), "stesp": 1}))
+    with pytest.raises(ValueError, match="unknown entry 'stesp'"):
+        read_job(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [(OptimizerSettings, {"learning_rate": -1e-4}), (OptimizerSettings, {"learning_rate": float("nan")}),
+     (OptimizerSettings, {"learning_rate": float("inf")}), (OptimizerSettings, {"gradient_accumulation": 0}),
+     (NetworkSettings, {"rank": 0}), (NetworkSettings, {"alpha": 0.0}), (TimestepSettings, {"sampling": "magic"}),
+     (TimestepSettings, {"shift": 0.0}), (MemorySettings, {"precision": "int4"}), (SaveSettings, {"every_steps": -1})],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_with_advice(settings, wrong):
+    with pytest.raises(ValueError, match="use"):
+        settings(**wrong)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_timesteps_stay_in_range_and_follow_from_the_generator(sampling):
+    settings = TimestepSettings(sampling=sampling, shift=5.0)
+    draw = lambda: SAMPLINGS[sampling](4096, settings, torch.Generator().manual_seed(1))  # noqa: E731
+    sigma = draw()
+    assert torch.equal(sigma, draw())
+    assert sigma.min() >= 0 and sigma.max() <= 1
+
+
+def test_the_shift_moves_timesteps_as_its_formula_says():
+    plain, moved = (
+        SAMPLINGS["shift"](9, TimestepSettings(shift=shift), torch.Generator().manual_seed(1)) for shift in (1.0, 3.0)
+    )
+    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
+
+
+def test_an_epoch_holds_every_item_as_often_as_asked_and_never_mixes_sizes(made):
+    _, items = made
+    sets = [TrainingSet(title="clips", batch_size=2, num_repeats=3, items=items)]
+    order = batches.epoch(sets, seed=4, number=0)
+    assert sorted(item.latents for batch in order for item in batch) == sorted([item.latents for item in items] * 3)
+    assert all(len({item.size for item in batch}) == 1 for batch in order)
+    assert order == batches.epoch(sets, seed=4, number=0)
+    assert order != batches.epoch(sets, seed=4, number=1)
+
+
+def test_a_batch_lies_on_the_path_from_data_to_noise(made):
+    folder, items = made
+    described = job(made, folder)
+    (batch,) = next(batches.steps(described, WAN, first=3))
+    sigma = batch.sigma.view(-1, 1, 1, 1, 1)
+    data = batch.latents - sigma * batch.target
+    cached = {path.latents: cache_files.load_latents(Path(path.latents), WAN) for path in items}
+    assert all(
+        any(torch.allclose(one, other, atol=1e-5) for other in cached.values() if one.shape == other.shape)
+        for one in data
+    )
+    assert batch.conditions["text_states"].shape[1:] == (512, 4096)
+
+
+def test_accumulated_gradients_equal_those_of_the_larger_batch(made):
+    _folder, _ = made
+    weight = torch.nn.Parameter(torch.zeros(3))
+
+    class Line(torch.nn.Module):
+        def forward(self, latents, time):
+            return latents * weight.view(1, 3)
+
+    data = torch.randn(4, 3)
+    whole = [batches.Batch(data, data, torch.rand(4), {})]
+    parts = [batches.Batch(part, part, torch.rand(2), {}) for part in data.split(2)]
+    results = []
+    for given in (whole, parts):
+        with torch.no_grad():
+            weight.zero_()
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        loss = loop.train_step(Line(), optimizer, given, 1.0, 0.0, torch.device("cpu"))
+        results.append((loss, weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_a_process_id_that_was_given_out_again_is_not_taken_for_the_worker(tmp_path):
+    this = Run(tmp_path)
+    (tmp_path / "worker.json").write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))
+    assert not this.is_alive()
+    this.claim()
+    assert this.is_alive()
+    assert run.RUNNING == "running"
