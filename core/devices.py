@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import torch
 
 
@@ -25,7 +28,8 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: on the device, or by this process when there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil
-
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     info = psutil.Process().memory_info()
     return getattr(info, "peak_wset", info.rss)

@@ -11,8 +11,8 @@ def bucket_sizes(resolution: tuple[int, int], multiple: int) -> list[tuple[int, 
     side = isqrt(area)
     sizes = set()
     for width in range(_floor(side // 2, multiple), side + multiple, multiple):
-        if width:
-            height = _floor(area // width, multiple)
+        height = _floor(area // width, multiple) if width else 0
+        if height:
             sizes |= {(width, height), (height, width)}
     return sorted(sizes)
 

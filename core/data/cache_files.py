@@ -15,7 +15,7 @@ from .windows import Window
 
 _FORMAT_VERSION = "1.0.1"
 _FINGERPRINT = "videolora_fingerprint"
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in safetensors.DTYPES.values()}
+_DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in safetensors.DTYPES.values()]
 
 
 def latent_path(cache: Path, key: str, window: Window | None, size: tuple[int, int], family: Family) -> Path:
@@ -75,5 +75,4 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _without_dtype(name: str) -> str:
-    stem, _, last = name.rpartition("_")
-    return stem if last in _DTYPE_NAMES else name
+    return next((name.removesuffix(f"_{dtype}") for dtype in _DTYPE_NAMES if name.endswith(f"_{dtype}")), name)

@@ -52,6 +52,8 @@ class DatasetConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more.")
         if not self.target_frames or min(self.target_frames) < 1:
             raise ValueError(f"target_frames is {list(self.target_frames)}: use frame counts of 1 or more.")
+        if not self.caption_extension.startswith("."):
+            raise ValueError(f"caption_extension is '{self.caption_extension}': write it with its dot, such as '.txt'.")
         if min(self.resolution) < 16:
             raise ValueError(f"resolution is {list(self.resolution)}: use width and height of 16 or more.")
         if self.source_fps is not None and not 0 < self.source_fps < 1000:
@@ -132,12 +134,14 @@ def read_toml(path: Path, resolve: Callable[[str], Path]) -> list[DatasetConfig]
     and key of anything that is wrong or unknown.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist.") from None
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no tables: it needs at least one [[datasets]].")
     unknown = content.keys() - {"general", "datasets"}
     if unknown:
         raise ValueError(f"{path.name}: unknown table '{min(unknown)}': only [general] and [[datasets]] are known.")

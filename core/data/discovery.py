@@ -28,12 +28,12 @@ def find_items(config: DatasetConfig, resolve: Callable[[str], Path] = Path) -> 
     """All items of a data set, sorted. Raises ValueError when there are none or a caption is missing."""
     rows = _from_jsonl(config, resolve) if config.jsonl is not None else _from_folder(config)
     stems = Counter(source.stem for source, _ in rows)
-    return [Item(source, caption, _key(source, stems)) for source, caption in rows]
+    return [Item(source, caption, _key(source, caption, stems)) for source, caption in rows]
 
 
-def _key(source: Path, stems: Counter) -> str:
-    """The stem, as other trainers name their caches; with a hash of the path where two files share a stem."""
-    return source.stem if stems[source.stem] == 1 else f"{source.stem}-{digest(str(source))[:8]}"
+def _key(source: Path, caption: str, stems: Counter) -> str:
+    """The stem, as other trainers name their caches; with a hash where several items share a stem."""
+    return source.stem if stems[source.stem] == 1 else f"{source.stem}-{digest([str(source), caption])[:8]}"
 
 
 def media_files(folder: Path, extensions: frozenset[str]) -> list[Path]:
@@ -58,10 +58,7 @@ def _from_folder(config: DatasetConfig) -> list[tuple[Path, str]]:
 
 
 def _caption(path: Path) -> str:
-    try:
-        caption = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the caption {path} is not UTF-8 text: save it as UTF-8.") from error
+    caption = _text(path).strip()
     if not caption:
         raise ValueError(f"the caption {path} is empty: describe what is to be seen.")
     return caption
@@ -70,7 +67,7 @@ def _caption(path: Path) -> str:
 def _from_jsonl(config: DatasetConfig, resolve: Callable[[str], Path]) -> list[tuple[Path, str]]:
     field = f"{config.kind}_path"
     rows = []
-    for number, line in enumerate(config.jsonl.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_text(config.jsonl).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{config.jsonl.name}, line {number}"
@@ -91,6 +88,13 @@ def _from_jsonl(config: DatasetConfig, resolve: Callable[[str], Path]) -> list[t
     if not rows:
         raise ValueError(f"{config.jsonl} is empty.")
     return sorted(rows)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
 
 
 def _some(names: list[str]) -> str:

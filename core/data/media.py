@@ -45,7 +45,7 @@ def probe(path: Path, fps: float, source_fps: float | None = None) -> MediaInfo:
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(1, H, W, 3), upright, transparency laid over white, resized and cropped to `size` (width, height)."""
-    return np.asarray(_fitted(_open_image(path), size))[None]
+    return np.array(_fitted(_open_image(path), size))[None]
 
 
 def read_windows(
@@ -83,6 +83,8 @@ def _open_image(path: Path) -> Image.Image:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if image.mode.startswith("I;16"):  # Pillow would cut off everything above 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableMedia(f"the image cannot be read ({error})") from error
@@ -107,7 +109,7 @@ class _Video:
 
     def __init__(self, path: Path, source_fps: float | None) -> None:
         try:
-            self.container = av.open(str(path))
+            self.container = av.open(str(path), metadata_errors="ignore")
             if not self.container.streams.video:
                 raise UnreadableMedia("it has no video stream")
             self.stream = self.container.streams.video[0]
@@ -129,7 +131,8 @@ class _Video:
     def count(self, fps: float) -> int:
         """Frames at `fps`, from the packets' times."""
         try:
-            times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
+            packets = self.container.demux(self.stream)
+            times = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
         except av.error.FFmpegError as error:
             raise UnreadableMedia(f"the video is damaged ({error})") from error
         if not times:
@@ -148,11 +151,14 @@ class _Video:
         """(seconds since the first frame, frame) of every frame of the file."""
         width, height = cover(self.width, self.height, size)
         left, top = (width - size[0]) // 2, (height - size[1]) // 2
-        start = None
+        start = last = None
         try:
             for index, frame in enumerate(self.container.decode(self.stream)):
                 pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="LANCZOS")
                 pts = frame.pts if self.timed and frame.pts is not None else None
+                if pts is not None and last is not None and pts <= last:  # some AVI files hold no real times
+                    self.timed, pts = False, None
+                last = pts
                 start = pts if start is None else start
                 time = index / self.rate if pts is None else float((pts - (start or 0)) * frame.time_base)
                 yield time, pixels[top : top + size[1], left : left + size[0]]
@@ -175,6 +181,6 @@ def _video_frames(path: Path, size: tuple[int, int], fps: float, source_fps: flo
             previous = (time, frame)
         if previous is not None:
             end = previous[0] + 1 / video.rate
-            while index / fps < end + 0.5 / fps:  # rounds as `count` does
+            while index < int(end * fps + 0.5):  # rounds as `count` does
                 yield previous[1]
                 index += 1

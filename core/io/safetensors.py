@@ -65,6 +65,8 @@ def read_header(path: Path) -> Header:
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata must be texts")
         tensors = {name: _tensor_info(entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is not a safetensors file: its header cannot be read ({error}).") from error
@@ -78,8 +80,10 @@ def _tensor_info(entry: dict, data_start: int) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {entry['dtype']}")
     start, stop = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*entry["shape"], start, stop)):
+        raise ValueError("shapes and offsets must be whole numbers")
     info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]], data_start + start, data_start + stop)
-    if start < 0 or info.nbytes != _nbytes(info.shape, info.dtype):
+    if info.nbytes != _nbytes(info.shape, info.dtype):
         raise ValueError("a tensor's byte range does not match its shape")
     return info
 
@@ -102,11 +106,11 @@ def read_tensor(file: BinaryIO, info: TensorInfo) -> Tensor:
     """Read one tensor from an open file."""
     if info.nbytes == 0:
         return torch.empty(info.shape, dtype=info.dtype)
-    buffer = bytearray(info.nbytes)
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     file.seek(info.start)
-    if file.readinto(buffer) != info.nbytes:
+    if file.readinto(memoryview(buffer.numpy())) != info.nbytes:
         raise ValueError(f"{file.name} ended early: it was changed while it was being read.")
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(info.dtype).view(info.shape)
+    return buffer.view(info.dtype).view(info.shape)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

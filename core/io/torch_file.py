@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -13,6 +14,20 @@ _SAFE_TORCH = (2, 6)
 _WRAPPERS = ("module", "model", "state_dict")
 
 
+# What torch raises for files that are cut off or damaged, depending on where.
+_DAMAGE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    struct.error,
+    LookupError,
+    TypeError,
+    AssertionError,
+)
+
+
+@torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, whose tensors cannot become parameters
 def load(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file by name, mapped from disk where its format allows it.
 
@@ -31,10 +46,10 @@ def load(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)  # the format from before torch 1.6
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except _DAMAGE as error:
         raise ValueError(
-            f"{path.name} cannot be read: it is truncated, is no model file, or holds more than tensors "
-            f"({str(error).splitlines()[0][:200]})."
+            f"{path.name} cannot be read: it is truncated, is no model file, or holds more than tensors. Get the file again, "
+            "or use the safetensors version of the model."
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ class Factors:
     def scale(self) -> float:
         return self.alpha / self.down.shape[0]
 
+    @cached_property
     def touched(self) -> Rows:
         """The output rows [start, stop) outside of which `up` is zero: what it really changes."""
         rows = self.up.ne(0).any(dim=1).nonzero()

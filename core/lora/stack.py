@@ -76,7 +76,7 @@ def _checked_loraid(entry: StackEntry, file: LoRAFile, family: Family, matrices:
             f"its LORAID {declared.number} was given out for a model of another size or family ('{made_for}')."
         )
     for name, factors in file.factors.items():
-        start, stop = factors.touched()
+        start, stop = factors.touched
         own_start, own_stop = allocation.rows.get(name, (0, 0))
         if start < stop and not (own_start <= start and stop <= own_stop):
             raise ValueError(
@@ -88,7 +88,7 @@ def _checked_loraid(entry: StackEntry, file: LoRAFile, family: Family, matrices:
 def _check_disjoint(one: LoadedLoRA, other: LoadedLoRA) -> None:
     shared = []
     for name in one.file.factors.keys() & other.file.factors.keys():
-        (a, b), (c, d) = one.file.factors[name].touched(), other.file.factors[name].touched()
+        (a, b), (c, d) = one.file.factors[name].touched, other.file.factors[name].touched
         if max(a, c) < min(b, d):
             shared.append(f"{name} rows {max(a, c)} to {min(b, d) - 1}")
     if shared:
@@ -110,7 +110,7 @@ def adapters(stack: Sequence[LoadedLoRA], device: torch.device, dtype: torch.dty
     found: dict[str, list[torch.nn.Module]] = {}
     for lora in stack:
         for name, factors in lora.file.factors.items():
-            start, stop = factors.touched()
+            start, stop = factors.touched
             if start < stop:
                 adapter = LoRA(
                     factors.down, factors.up[start:stop], factors.scale * lora.entry.multiplier, (start, stop)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from videolora.core.keymap import IDENTITY, PREFIXES, KeyMap, find_prefix
+from videolora.core.keymap import IDENTITY, KeyMap, find_prefix
 from videolora.core.weights import check_names, load_into, open_checkpoint, shards
 
 SUFFIXES = [".safetensors", ".pth", ".pt", ".bin"]
@@ -57,7 +57,11 @@ def test_names_and_shapes_are_known_at_once_and_values_on_demand(tmp_path, value
         assert checkpoint.tensors[name].dtype == torch.float32
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "module.", "transformer.", "vae.",
+     "first_stage_model."],
+)  # fmt: skip
 def test_every_known_prefix_is_found_and_stripped(tmp_path, values, prefix):
     whole = write(tmp_path / "model.safetensors", prefixed(values, prefix) | {"other.head.weight": torch.ones(1)})
     assert find_prefix(whole.tensors, ["blocks.0.weight"]) == prefix

@@ -112,6 +112,12 @@ def test_a_clip_has_exactly_the_frames_that_probing_counts(clip, fps):
         read(clip(fps), (0, count + 1))
 
 
+def test_a_frame_rate_that_is_almost_the_models_is_taken_as_it(tmp_path):
+    path = write(tmp_path / "clip.mp4", [number % FRAMES for number in range(70)], Fraction("16.15"))
+    assert probe(path, FPS).frames == 70  # and not 69
+    assert taken(path, 70) == [number % FRAMES for number in range(70)]
+
+
 def test_a_frame_rate_that_is_given_replaces_the_one_in_the_file(clip):
     assert probe(clip(16), FPS, 32).frames == FRAMES // 2
     assert taken(clip(16), 15, source_fps=32) == list(range(0, FRAMES, 2))

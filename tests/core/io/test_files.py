@@ -21,6 +21,9 @@ def test_a_file_is_replaced_as_a_whole_when_the_block_ends(tmp_path):
             temporary.write_bytes(text)
             assert not target.exists() or target.read_bytes() == b"first"
         assert content(target.parent) == {"lora.bin": text}
+        if text == b"first":
+            os.link(target, tmp_path / "still open")  # stands for somebody who is reading the old file
+    assert (tmp_path / "still open").read_bytes() == b"first"
 
 
 class Stopped(BaseException):

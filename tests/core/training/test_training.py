@@ -110,7 +110,7 @@ def test_a_job_makes_a_lora_file_of_its_loraid(made, tmp_path):
     assert set(lora.factors) == {m.name for m in matrices}
     owned = allocate(matrices, described.loraid).rows
     for name, factors in lora.factors.items():
-        assert factors.touched() == owned[name]
+        assert factors.touched == owned[name]
 
 
 def test_the_loss_falls(made, tmp_path):

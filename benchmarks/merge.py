@@ -1,0 +1,121 @@
+"""Merging into a large checkpoint: seconds over those of copying the same file, and the peak memory of the process.
+
+python dev.py bench merge [--gib 4]
+
+Bound by the disk: the file is read once and written once, as in a copy. Both are flushed to the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "devtools"))
+import pack
+
+DIM, FFN, RANK = 5120, 13824, 32  # the sizes of the 14B models
+FOLDER = Path(__file__).resolve().parents[1] / ".dev" / "bench"
+FAMILY = pack.load("core.families").FAMILIES["wan"]
+families, stack, inventory = pack.load("core.families"), pack.load("core.lora.stack"), pack.load("core.lora.inventory")
+loraid, files, merge = pack.load("core.lora.loraid"), pack.load("core.lora.files"), pack.load("core.lora.merge")
+devices, CPU = pack.load("core.devices"), torch.device("cpu")
+safetensors, wan = pack.load("core.io.safetensors"), pack.load("core.families.wan.dit")
+
+
+def make_checkpoint(path: Path, gib: float) -> None:
+    """A checkpoint with as many 14B blocks as fit."""
+    block = 2 * (8 * DIM * DIM + 2 * DIM * FFN)
+    config = wan.WanConfig(dim=DIM, ffn_dim=FFN, depth=max(1, int(gib * 2**30 / block)), in_channels=16, out_channels=16,
+                           text_dim=4096, freq_dim=256)  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in wan.WanDiT(config).state_dict().items()}
+    layout = [(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    with safetensors.writing(path, layout, {}) as file:
+        for shape in shapes.values():
+            file.write(safetensors.tensor_bytes(torch.randn(shape).bfloat16()))
+
+
+def make_lora(path: Path, matrices, number: int | None) -> None:
+    share = loraid.allocate(matrices, loraid.Loraid(number=number)) if number else None
+    factors = {
+        m.name: files.Factors(
+            torch.randn(RANK, m.columns).bfloat16(), torch.randn(m.rows, RANK).bfloat16(), float(RANK)
+        )
+        for m in matrices
+        if share is None or m.name in share.rows
+    }
+    files.save(path, factors, share.metadata(FAMILY.name) if share else {})
+
+
+def matrices_of(path: Path):
+    checkpoint, part = families.open_part(path, "dit")
+    return part, inventory.inventory(FAMILY, {name: info.shape for name, info in checkpoint.tensors.items()})
+
+
+def merge_now(names: list[str]) -> None:
+    """In a process of its own, so that its peak memory can be read."""
+    part, matrices = matrices_of(FOLDER / "dit.safetensors")
+    before = devices.peak_memory(CPU)
+    begin = time.perf_counter()
+    loaded = stack.load_stack(
+        [stack.StackEntry(FOLDER / name) for name in names], FAMILY, matrices, "", allow_overlap=False
+    )
+    for _ in merge.merge(FOLDER / "dit.safetensors", FOLDER / "merged.safetensors", "", part, loaded):
+        pass
+    taken = time.perf_counter() - begin
+    print(f"{taken} {devices.peak_memory(CPU)} {before}")
+
+
+def copy(source: Path, target: Path) -> float:
+    begin = time.perf_counter()
+    with open(source, "rb") as file, open(target, "wb") as output:
+        safetensors.copy_bytes(file, output, 0, source.stat().st_size)
+        os.fsync(output.fileno())
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gib", type=float, default=4.0)
+    parser.add_argument("--merge", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.merge:
+        merge_now(args.merge)
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    source = FOLDER / "dit.safetensors"
+    make_checkpoint(source, args.gib)
+    _, matrices = matrices_of(source)
+    for number in (1, 2):
+        make_lora(FOLDER / f"loraid_{number}.safetensors", matrices, number)
+    make_lora(FOLDER / "whole.safetensors", matrices, None)
+    print(
+        f"checkpoint of {source.stat().st_size / 2**30:.2f} GiB, rank {RANK}, {os.cpu_count()} cores, torch {torch.__version__}"
+    )
+    for title, names in {
+        "two LORAIDs": ["loraid_1.safetensors", "loraid_2.safetensors"],
+        "whole model": ["whole.safetensors"],
+    }.items():
+        copies, merges = [], []
+        for _ in range(3):  # the disk's pace changes from minute to minute: the best of each, one beside the other
+            copies.append(copy(source, FOLDER / "merged.safetensors"))
+            (FOLDER / "merged.safetensors").unlink()
+            words = [sys.executable, __file__, "--merge", *names]
+            done = subprocess.run(words, check=True, capture_output=True, text=True)
+            taken, peak, before = map(float, done.stdout.split())
+            merges.append(taken)
+            (FOLDER / "merged.safetensors").unlink()
+        print(f"{title:12} {min(merges):6.2f} s, copy {min(copies):6.2f} s, ratio {min(merges) / min(copies):.2f}, "
+              f"peak {peak / 2**30:.2f} GiB ({before / 2**30:.2f} of it Python and torch)")  # fmt: skip
+    for path in FOLDER.iterdir():
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()
