@@ -2,8 +2,10 @@
 
 import pytest
 import reference
+import sentencepiece
 import torch
 from safetensors.torch import save_file
+from tokenizer import train_tokenizer
 from videolora.core.families import FAMILIES, open_part, recognise
 from videolora.core.families.wan import text
 from videolora.core.weights import load_into, open_checkpoint
@@ -130,3 +132,36 @@ def test_too_long_conditioning_is_refused():
 )
 def test_prompts_are_cleaned(prompt, cleaned):
     assert text.cleaned(prompt) == cleaned
+
+
+def umt5_file(folder, suffix, tokenizer):
+    """A small umT5 in the official layout, or with its tokenizer inside as ComfyUI's file has it."""
+    _, weights = reference.vector("umt5_encoder")
+    model = train_tokenizer([f"a {word} moves over the {word}" for word in ("disk", "square", "cat", "dog")] * 9, 290)
+    rows = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    weights["token_embedding.weight"] = torch.randn(rows, 128, generator=torch.Generator().manual_seed(0))
+    if tokenizer == "inside":
+        weights["spiece_model"] = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+    elif tokenizer == "beside":
+        (folder / "spiece.model").write_bytes(model)
+    path = folder / f"umt5{suffix}"
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "tokenizer"), [(".safetensors", "inside"), (".pth", "beside")])
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_text_encoder_loads_with_its_tokenizer_inside_or_beside_it(suffix, tokenizer, inference, tmp_path):
+    with torch.inference_mode(inference):
+        encoder = WAN.load_text(*open_part(umt5_file(tmp_path, suffix, tokenizer), "text_encoder"), torch.float32)
+        short, long = encoder.encode(["a cat", "a cat moves over the dog and the square"])
+    assert short[text.STATES].shape[0] < long[text.STATES].shape[0]
+    (alone,) = encoder.encode(["a cat"])
+    torch.testing.assert_close(short[text.STATES], alone[text.STATES], rtol=1e-4, atol=1e-5)
+    assert encoder.too_long("a cat") == 0 and encoder.too_long("cat " * 600) > 0
+
+
+def test_a_text_encoder_without_a_tokenizer_says_where_to_put_it(tmp_path):
+    checkpoint, part = open_part(umt5_file(tmp_path, ".pth", "nowhere"), "text_encoder")
+    with pytest.raises(ValueError, match=r"put the file spiece\.model of google/umt5-xxl into"):
+        WAN.load_text(checkpoint, part, torch.float32)
