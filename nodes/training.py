@@ -49,7 +49,7 @@ class Train(io.ComfyNode):
                 io.String.Input("name", default="my_lora",
                                 tooltip="Name of the LoRA file in ComfyUI's output/loras; may hold a folder, as in people/anna."),
                 io.Int.Input("steps", default=1000, min=1, max=1000000, tooltip="Number of optimizer steps."),
-                io.Int.Input("seed", default=42, min=0, max=0xFFFFFFFF,
+                io.Int.Input("seed", default=42, min=0, max=0xFFFFFFFF, control_after_generate=False,
                              tooltip="The same seed and data give the same LoRA."),
                 handles.LoraidType.Input("loraid", optional=True,
                                          tooltip="Train only the share of this LORAID. Without it the whole model is adapted."),
