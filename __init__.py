@@ -1,6 +1,7 @@
 """VideoLoRA: the ComfyUI entry point."""
 
 import logging
+import re
 
 MIN_COMFYUI = (0, 30, 0)
 
@@ -11,7 +12,7 @@ def _comfyui_version() -> tuple[int, ...] | None:
         from comfyui_version import __version__
     except ImportError:
         return None
-    return tuple(int(part) for part in __version__.split(".")[:3] if part.isdigit())
+    return tuple(int(number) for number in re.findall(r"\d+", __version__)[:3])
 
 
 async def comfy_entrypoint():

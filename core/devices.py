@@ -9,12 +9,17 @@ import torch
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has it, float16 on other accelerators, float32 on the CPU (exact, and as fast there)."""
+    """For sampling: bfloat16 where the device has it, float16 on others, float32 on the CPU (exact, and as fast)."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
         return torch.float32
     return torch.float16 if device.type == "mps" else torch.bfloat16
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on accelerators, even where it is slower: gradients in float16 would need their loss scaled."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def best_device() -> torch.device:
@@ -29,7 +34,8 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) << 10
     info = psutil.Process().memory_info()
     return getattr(info, "peak_wset", info.rss)

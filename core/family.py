@@ -26,7 +26,8 @@ TextStates = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One release of a family, with the defaults its authors recommend."""
+    """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
+    models, one for each part of the noise levels."""
 
     name: str
     title: str
@@ -37,6 +38,7 @@ class Variant:
     training_shift: float
     negative_prompt: str = ""
     needs_image: bool = False
+    expert: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,8 @@ class Part:
     """What a checkpoint was recognised as.
 
     `variants` are the releases that its tensors may belong to, the most likely first; `config` is what the family's
-    builder takes; `keymap` leads from the file's names to the model's.
+    builder takes; `keymap` leads from the file's names to the model's. Of a transformer, `width` is that of its
+    activations and `text_width` that of the text states it takes.
     """
 
     family: str
@@ -53,6 +56,8 @@ class Part:
     config: Any
     variants: tuple[str, ...] = ()
     keymap: KeyMap = IDENTITY
+    width: int = 0
+    text_width: int = 0
 
 
 class TextEncoder(Protocol):
@@ -102,8 +107,9 @@ class Family:
     blocks          transformer blocks in canonical order, for LORAID and adapters
     recognise       (tensor name -> shape) -> Part or None; ValueError for a model that is known but not supported
     anchors         names one of which every checkpoint of the family holds, to find the file's prefix
-    build_dit       config -> transformer on the current device; called as dit(latents, time, **conditions)
+    build_dit       config -> transformer; called as dit(latents, time, **conditions), its `run_block` is a BlockRunner
     build_vae       config -> VAE
+    vae_elements    values the VAE holds at a time per pixel of a frame, to ask for enough memory
     load_text       (checkpoint, part, dtype) -> TextEncoder, on the CPU
     conditions      one TextStates per sample -> keyword arguments of the transformer
     to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
@@ -124,6 +130,7 @@ class Family:
     recognise: Callable[[Mapping[str, tuple[int, ...]]], Part | None]
     build_dit: Callable[[Any], nn.Module]
     build_vae: Callable[[Any], nn.Module]
+    vae_elements: int
     load_text: Callable[[Checkpoint, Part, torch.dtype], TextEncoder]
     conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
     to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]

@@ -91,12 +91,16 @@ class LatentSpec:
         mean, std = self._statistics(latents)
         return latents * std + mean
 
-    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise ValueError unless these are latents of this kind."""
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} do not fit: expected (B, {self.channels}, F, H, W). "
                 "They were made by the VAE of another model."
             )
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_latents(latents)
         shape = (1, self.channels, 1, 1, 1)
         return (
             torch.tensor(self.mean, dtype=latents.dtype, device=latents.device).view(shape),

@@ -55,6 +55,9 @@ class Checkpoint:
             layer = full.removesuffix("weight")
             scale = next((self._read(layer + s) for s in _SCALES if layer + s in self._all), None)
             if scale is not None:
+                if scale.numel() not in (1, value.shape[0]):
+                    raise ValueError(f"{self.path.name}: '{name}' has fp8 scales of shape {tuple(scale.shape)}, which cannot be "
+                                     "read. Use the 16-bit version of the model.")  # fmt: skip
                 value = value.float() * scale.float().reshape(-1, *[1] * (value.ndim - 1))
                 return value.to(dtype or torch.bfloat16)
         return value if dtype is None else value.to(dtype)

@@ -94,7 +94,10 @@ def running(base: Path, *words: str) -> Iterator[Server]:
         yield server
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _wait(server: Server, process: subprocess.Popen) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import comfy.model_management as mm
@@ -60,10 +60,17 @@ class CacheLatents(io.ComfyNode):
 
     @classmethod
     def execute(cls, datasets, vae: handles.VAEFile) -> io.NodeOutput:
-        plans = [caching.plan_latents(dataset, vae.family, vae.identity) for dataset in datasets]
-        steps = _follow(
-            caching.cache_latents(plans, vae.family, vae.load, mm.get_torch_device()), cls.hidden.unique_id, "latents"
-        )
+        node_id, progress = cls.hidden.unique_id, Progress(cls.hidden.unique_id)
+
+        def checking(done: int, total: int) -> None:
+            progress.update(done, total, f"checking clip {done + 1} of {total}")
+
+        plans = [caching.plan_latents(dataset, vae.family, vae.identity, checking) for dataset in datasets]
+        windows = [window for plan in plans for window in plan.windows]
+        caching.check_distinct(windows)
+        largest = max((window.size for window in windows), key=lambda size: size.height * size.width)
+        steps = caching.cache_latents(plans, vae.family, lambda: vae.load(largest), mm.get_torch_device())
+        steps = _follow(steps, node_id, "latents")
         report = "\n".join([f"latents: {_counts(steps)}", *map(_describe, plans)])
         say(report, cls.hidden.unique_id)
         return io.NodeOutput(handles.LatentCache(vae.family, tuple(plans)), report)
@@ -104,8 +111,8 @@ class CacheText(io.ComfyNode):
         family = text_encoder.family
         plans = [(dataset, tuple(caching.plan_text(dataset, family, text_encoder.identity))) for dataset in datasets]
         everything = [planned for _, texts in plans for planned in texts]
-        load: Callable = text_encoder.load
-        steps = _follow(caching.cache_text(everything, family, load), cls.hidden.unique_id, "captions")
+        caching.check_distinct(everything)
+        steps = _follow(caching.cache_text(everything, family, text_encoder.load), cls.hidden.unique_id, "captions")
         warnings = [f"  {step.name}: {step.reason}" for step in steps if step.reason]
         report = "\n".join([f"captions: {_counts(steps)}", *warnings])
         say(report, cls.hidden.unique_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -10,12 +11,13 @@ from comfy_api.latest import io
 from ..core.data.caching import Dataset
 from ..core.data.config import EXTRACTIONS, DatasetConfig, default_cache, read_toml
 from ..core.data.discovery import IMAGES, VIDEOS, media_files
-from ..core.families import FAMILIES
+from ..core.families import check_size
 from ..core.io.files import digest
 from ..core.shapes import VideoSize
 from . import handles, paths
 
 CATEGORY = "VideoLoRA/data"
+_ANY_SIDE = 256  # a width and height that every model takes, to check frame counts alone
 
 
 def _fingerprint(folders: list[Path]) -> str:
@@ -57,7 +59,7 @@ class DatasetFolder(io.ComfyNode):
                              tooltip="Number of windows for uniform extraction."),
                 io.Int.Input("max_frames", default=129, min=1, max=1000, advanced=True, optional=True,
                              tooltip="Longest clip for full extraction."),
-                io.Combo.Input("folder", options=folder_paths.get_input_subfolders(),
+                io.Combo.Input("folder", options=paths.data_folders(),
                                tooltip="A folder inside ComfyUI's input folder, or inside a folder listed under 'datasets' in "
                                "extra_model_paths.yaml."),
                 handles.Datasets.Input("datasets", optional=True, tooltip="Further data sets to train on together."),
@@ -66,12 +68,11 @@ class DatasetFolder(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, folder, caption_extension=".txt", width=832, height=480, frames="81", repeats=1,
-                        batch_size=1, buckets=True, extraction="head", frame_stride=16, frame_sample=2,
-                        max_frames=129) -> bool | str:  # fmt: skip
+    def validate_inputs(cls, datasets=None, **settings: Any) -> bool | str:
+        if None in settings.values():
+            return True  # something is linked: checked when it runs
         try:
-            cls._find(folder, caption_extension, width, height, frames, repeats, batch_size, buckets, extraction,
-                      frame_stride, frame_sample, max_frames)  # fmt: skip
+            _folder_datasets(**settings)
         except (ValueError, OSError) as error:
             return str(error)
         return True
@@ -84,40 +85,34 @@ class DatasetFolder(io.ComfyNode):
             return ""
 
     @classmethod
-    def _find(cls, folder, caption_extension, width, height, frames, repeats, batch_size, buckets, extraction,
-              frame_stride, frame_sample, max_frames) -> list[Dataset]:  # fmt: skip
-        """The folder's videos and images, each as a data set."""
-        if not buckets:
-            for family in FAMILIES.values():
-                family.latent.check(VideoSize(1, height, width))
-        path = paths.data_path(folder)
-        kinds = [kind for kind, extensions in (("video", VIDEOS), ("image", IMAGES)) if media_files(path, extensions)]
-        common = {
-            "folder": path, "caption_extension": caption_extension, "resolution": (width, height),
-            "num_repeats": repeats, "batch_size": batch_size, "enable_bucket": buckets,
-        }  # fmt: skip
-        video = {
-            "target_frames": _frame_counts(frames), "frame_extraction": extraction, "frame_stride": frame_stride,
-            "frame_sample": frame_sample, "max_frames": max_frames,
-        }  # fmt: skip
-        return [
-            Dataset.find(
-                DatasetConfig(
-                    kind=kind,
-                    cache=default_cache(path) / f"{kind}s",
-                    **common,
-                    **(video if kind == "video" else {}),
-                )
-            )
-            for kind in kinds or ["video"]
-        ]
+    def execute(cls, datasets: tuple[Dataset, ...] = (), **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput((*datasets, *_folder_datasets(**settings)))
 
-    @classmethod
-    def execute(cls, folder, caption_extension, width, height, frames, repeats, batch_size, buckets, extraction,
-                frame_stride=16, frame_sample=2, max_frames=129, datasets=()) -> io.NodeOutput:  # fmt: skip
-        found = cls._find(folder, caption_extension, width, height, frames, repeats, batch_size, buckets, extraction,
-                          frame_stride, frame_sample, max_frames)  # fmt: skip
-        return io.NodeOutput((*datasets, *found))
+
+def _folder_datasets(*, folder: str, caption_extension: str, width: int, height: int, frames: str, repeats: int,
+                     batch_size: int, buckets: bool, extraction: str, frame_stride: int = 16, frame_sample: int = 2,
+                     max_frames: int = 129) -> list[Dataset]:  # fmt: skip
+    """The folder's videos and images, each as a data set. Raises ValueError for anything that cannot be trained on."""
+    if not buckets:
+        check_size(VideoSize(1, height, width))
+    path = paths.data_path(folder)
+    kinds = [kind for kind, extensions in (("video", VIDEOS), ("image", IMAGES)) if media_files(path, extensions)]
+    common = {
+        "folder": path, "caption_extension": caption_extension, "resolution": (width, height), "num_repeats": repeats,
+        "batch_size": batch_size, "enable_bucket": buckets,
+    }  # fmt: skip
+    video = {
+        "target_frames": _frame_counts(frames), "frame_extraction": extraction, "frame_stride": frame_stride,
+        "frame_sample": frame_sample, "max_frames": max_frames,
+    }  # fmt: skip
+    return [
+        Dataset.find(
+            DatasetConfig(
+                kind=kind, cache=default_cache(path) / f"{kind}s", **common, **(video if kind == "video" else {})
+            )
+        )
+        for kind in kinds or ["video"]
+    ]
 
 
 def _frame_counts(text: str) -> tuple[int, ...]:
@@ -126,8 +121,7 @@ def _frame_counts(text: str) -> tuple[int, ...]:
     except ValueError:
         raise ValueError(f"frames is '{text}': give whole numbers such as 81, or 1, 25, 45.") from None
     for count in counts:
-        for family in FAMILIES.values():
-            family.latent.check_frames(count)
+        check_size(VideoSize(count, _ANY_SIDE, _ANY_SIDE))
     if not counts:
         raise ValueError("frames is empty: give at least one frame count, such as 81.")
     return counts
@@ -150,7 +144,9 @@ class DatasetTOML(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        if file is None:
+            return True
         try:
             cls._find(file)
         except (ValueError, OSError) as error:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import comfy.model_management as mm
 import torch
@@ -14,11 +18,12 @@ from comfy_api.latest import io
 from ..core.data.caching import Dataset, LatentPlan, PlannedText
 from ..core.devices import compute_dtype
 from ..core.families import FAMILIES, open_part
-from ..core.family import VAE, Family, Part, TextEncoder, Variant
+from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant
 from ..core.io.files import digest, fingerprint
 from ..core.lora.inventory import Matrix, inventory
-from ..core.lora.stack import StackEntry
-from ..core.weights import load_into
+from ..core.lora.stack import LoadedLoRA, StackEntry, load_stack
+from ..core.shapes import VideoSize
+from ..core.weights import load_into, shards
 
 DiT = io.Custom("VIDEOLORA_DIT")
 Vae = io.Custom("VIDEOLORA_VAE")
@@ -35,20 +40,40 @@ SaveType = io.Custom("VIDEOLORA_SAVE")
 Stack = io.Custom("VIDEOLORA_LORAS")
 ScheduleType = io.Custom("VIDEOLORA_SCHEDULE")
 
+_BYTES_PER_ACTIVATION = 24  # of a token's width: residual, query, key, value, attention output and their copies
+
 
 class Slot:
     """Holds a loaded model for as long as the node output it belongs to is kept; ComfyUI manages its memory."""
 
+    _all: WeakSet[Slot] = WeakSet()
+
     def __init__(self) -> None:
         self.patcher: ModelPatcher | None = None
         self.encoder: TextEncoder | None = None
+        self._all.add(self)
 
-    def on_device(self, module: torch.nn.Module | None = None, activations: int = 0) -> torch.nn.Module:
-        """The module on the compute device; `module` fills an empty slot."""
+    def on_device(self, make: Callable[[], torch.nn.Module], memory: int) -> torch.nn.Module:
+        """The module on the compute device, made if it is not there. `memory` is what it will need to work, in bytes."""
         if self.patcher is None:
-            self.patcher = ModelPatcher(module, mm.get_torch_device(), mm.unet_offload_device())
-        mm.load_models_gpu([self.patcher], memory_required=activations)
-        return self.patcher.model
+            self.patcher = ModelPatcher(make(), mm.get_torch_device(), mm.unet_offload_device())
+        # Our modules cannot work with a part of their weights elsewhere, as ComfyUI's own can.
+        mm.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+        module, device = self.patcher.model, self.patcher.load_device
+        if any(parameter.device.type != device.type for parameter in module.parameters()):
+            needed = sum(parameter.nbytes for parameter in module.parameters())
+            raise ValueError(f"the model needs {needed / 2**30:.1f} GiB and {mm.get_free_memory(device) / 2**30:.1f} GiB are free on "
+                             f"{device}: use a smaller model, or start ComfyUI without --novram.")  # fmt: skip
+        return module
+
+    @classmethod
+    def release_all(cls) -> None:
+        """Give back all memory of loaded models; they are read again when they are needed again."""
+        for slot in cls._all:
+            slot.patcher = slot.encoder = None
+        mm.unload_all_models()
+        gc.collect()
+        mm.soft_empty_cache()
 
 
 @dataclass(frozen=True)
@@ -70,27 +95,29 @@ class ModelFile:
     @functools.cached_property
     def identity(self) -> str:
         """Stands for the file's content and the precision it is used in."""
-        return digest([fingerprint(self.path), str(self.dtype)])
+        return digest([[fingerprint(path) for path in shards(self.path)], str(self.dtype)])
+
+    def _module(self, kind: Kind, build: Callable[[Any], torch.nn.Module]) -> torch.nn.Module:
+        """The weights, read into a module on the CPU."""
+        checkpoint, part = open_part(self.path, kind)
+        with torch.device("meta"):
+            module = build(part.config)
+        return load_into(module, checkpoint, part.keymap, self.dtype)
 
 
 class VAEFile(ModelFile):
-    def load(self) -> VAE:
-        """The VAE on the compute device."""
-        if self.slot.patcher is not None:
-            return self.slot.on_device()
-        checkpoint, part = open_part(self.path, "vae")
-        with torch.device("meta"):
-            vae = self.family.build_vae(part.config)
-        return self.slot.on_device(load_into(vae, checkpoint, part.keymap, self.dtype))
+    def load(self, pixels: VideoSize) -> VAE:
+        """The VAE on the compute device, for videos of this size."""
+        memory = pixels.height * pixels.width * self.family.vae_elements * self.dtype.itemsize
+        return self.slot.on_device(lambda: self._module("vae", self.family.build_vae), memory)
 
 
 class TextEncoderFile(ModelFile):
     def load(self) -> TextEncoder:
         """The text encoder on the compute device."""
         if self.slot.encoder is None:
-            checkpoint, part = open_part(self.path, "text_encoder")
-            self.slot.encoder = self.family.load_text(checkpoint, part, self.dtype)
-        self.slot.on_device(self.slot.encoder.model)
+            self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype)
+        self.slot.on_device(lambda: self.slot.encoder.model, memory=0)
         return self.slot.encoder
 
 
@@ -120,14 +147,15 @@ class DiTFile(ModelFile):
     def with_loras(self, loras: tuple[StackEntry, ...], allow_overlap: bool) -> DiTFile:
         return replace(self, loras=self.loras + loras, allow_overlap=self.allow_overlap or allow_overlap)
 
-    def load(self, activations: int) -> torch.nn.Module:
-        """The transformer on the compute device, without its LoRAs. `activations` is how much memory it will need."""
-        if self.slot.patcher is not None:
-            return self.slot.on_device(activations=activations)
-        checkpoint, part = open_part(self.path, "dit")
-        with torch.device("meta"):
-            dit = self.family.build_dit(part.config)
-        return self.slot.on_device(load_into(dit, checkpoint, part.keymap, self.dtype), activations)
+    def load(self, latents: torch.Tensor) -> torch.nn.Module:
+        """The transformer on the compute device, without its LoRAs, for latents of this shape."""
+        tokens = self.family.latent.tokens(VideoSize(*latents.shape[2:])) * len(latents)
+        memory = tokens * self.part.width * _BYTES_PER_ACTIVATION
+        return self.slot.on_device(lambda: self._module("dit", self.family.build_dit), memory)
+
+    def load_stack(self) -> list[LoadedLoRA]:
+        """The LoRAs, read and checked."""
+        return load_stack(self.loras, self.family, self.variant, self.matrices, allow_overlap=self.allow_overlap)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..core.families import FAMILIES, open_part
@@ -33,8 +36,12 @@ class LoadDiT(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
-        return _checked("diffusion_models", model, "dit")
+    def validate_inputs(cls, model: str | None, variant: str | None) -> bool | str:
+        return _checked(handles.DiTFile.open, "diffusion_models", model, variant)
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
+        return paths.model_state("diffusion_models", model)
 
     @classmethod
     def execute(cls, model: str, variant: str) -> io.NodeOutput:
@@ -56,8 +63,12 @@ class LoadVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
-        return _checked("vae", model, "vae")
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        return _checked(open_part, "vae", model, "vae")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str) -> list:
+        return paths.model_state("vae", model)
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
@@ -82,8 +93,12 @@ class LoadT5(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
-        return _checked("text_encoders", model, "text_encoder")
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        return _checked(open_part, "text_encoders", model, "text_encoder")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str) -> list:
+        return paths.model_state("text_encoders", model)
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
@@ -91,10 +106,12 @@ class LoadT5(io.ComfyNode):
         return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1]))
 
 
-def _checked(folder: str, name: str, kind) -> bool | str:
-    """Whether the file is there and is what it should be: said before anything runs."""
+def _checked(opening: Callable[[Path, str], object], folder: str, name: str | None, what: str | None) -> bool | str:
+    """Whether the file is there and is what it should be: said before anything runs. A linked name is checked later."""
+    if name is None or what is None:
+        return True
     try:
-        open_part(paths.model_path(folder, name), kind)
+        opening(paths.model_path(folder, name), what)
     except (ValueError, OSError) as error:
         return str(error)
     return True

@@ -9,7 +9,8 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..core.lora.merge import is_merged, merge
-from ..core.lora.stack import StackEntry, load_stack, report
+from ..core.lora.stack import StackEntry, report
+from ..core.weights import shards
 from . import handles, paths
 from .progress import Progress, say
 
@@ -37,9 +38,8 @@ class LoadLoRA(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str, **_) -> int:
-        path = paths.model_path("loras", lora)
-        return path.stat().st_mtime_ns
+    def fingerprint_inputs(cls, lora: str, **_) -> list:
+        return paths.model_state("loras", lora)
 
     @classmethod
     def execute(cls, multiplier: float, loraid: int, lora: str, loras: tuple[StackEntry, ...] = ()) -> io.NodeOutput:
@@ -68,14 +68,10 @@ class ApplyLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, loras: tuple[StackEntry, ...], allow_overlap: bool) -> io.NodeOutput:
         applied = dit.with_loras(loras, allow_overlap)
-        stack = _loaded(applied)
+        stack = applied.load_stack()
         text = report(stack, switched_off=len(applied.loras) - len(stack))
         say(text, cls.hidden.unique_id)
         return io.NodeOutput(applied, text)
-
-
-def _loaded(dit: handles.DiTFile):
-    return load_stack(dit.loras, dit.family, dit.matrices, dit.variant.title, allow_overlap=dit.allow_overlap)
 
 
 class MergeLoRA(io.ComfyNode):
@@ -97,16 +93,12 @@ class MergeLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
-        try:
-            paths.output_file("diffusion_models", name)
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        return paths.checked_output("diffusion_models", name)
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, name: str) -> io.NodeOutput:
-        stack = _loaded(dit)
+        stack = dit.load_stack()
         if not stack:
             raise ValueError(
                 "there is nothing to merge: link a model from Apply LoRAs, with a multiplier other than 0."
@@ -127,7 +119,7 @@ def _check_space(source: Path, target: Path) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already and is another merge. Choose another name, or delete it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(target.parent).free, source.stat().st_size
+    free, needed = shutil.disk_usage(target.parent).free, sum(path.stat().st_size for path in shards(source))
     if free < needed:
         raise ValueError(f"{target.parent} has {free / 2**30:.1f} GiB free and the merged checkpoint needs "
                          f"{needed / 2**30:.1f} GiB.")  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
 
+from ..core.data.config import CACHE_FOLDER
 from ..core.io.files import inside
-from ..core.weights import SUFFIXES
+from ..core.weights import SUFFIXES, shards
 
 
 def model_files(folder: str) -> list[str]:
@@ -37,13 +39,14 @@ def data_path(name: str) -> Path:
     Raises ValueError for anything outside. What does not exist yet is placed below the input folder.
     """
     roots = data_roots()
-    candidates = [root / name for root in roots]  # an absolute name stands for itself
-    for candidate in candidates:
+    # Names that lead out are not even looked at: on Windows looking at \\host\share sends credentials there.
+    candidates = [Path(os.path.normpath(root / name)) for root in roots]  # an absolute name stands for itself
+    allowed = [candidate for candidate in candidates if any(candidate.is_relative_to(root) for root in roots)]
+    for candidate in allowed:
         if candidate.exists() and any(candidate.resolve().is_relative_to(root) for root in roots):
             return candidate.resolve()
-    target = candidates[0].resolve()
-    if any(target.is_relative_to(root) for root in roots):
-        return target
+    if allowed and not allowed[0].exists():
+        return allowed[0]
     raise ValueError(
         f"'{name}' is outside the folders that data sets may lie in: {', '.join(map(str, roots))}. Move it there, or add "
         "its folder under 'datasets:' in ComfyUI's extra_model_paths.yaml."
@@ -60,5 +63,26 @@ def output_file(kind: str, name: str) -> Path:
     return inside(output_folder(kind), f"{name.removesuffix('.safetensors')}.safetensors")
 
 
+def checked_output(kind: str, name: str | None) -> bool | str:
+    """For validate_inputs: whether the name can be used. A linked name (None) is checked when it is known."""
+    try:
+        return name is None or bool(output_file(kind, name))
+    except ValueError as error:
+        return str(error)
+
+
 def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "videolora" / "runs"
+
+
+def model_state(folder: str, name: str) -> list[list]:
+    """Changes when the file (or a shard of it) is replaced."""
+    try:
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards(model_path(folder, name))]
+    except (ValueError, OSError):
+        return []
+
+
+def data_folders() -> list[str]:
+    """The folders below ComfyUI's input that may hold clips."""
+    return [name for name in folder_paths.get_input_subfolders() if CACHE_FOLDER not in name.split("/")]

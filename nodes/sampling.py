@@ -8,8 +8,9 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 
+from ..core.families import check_size
 from ..core.lora.adapter import attached
-from ..core.lora.stack import adapters, load_stack
+from ..core.lora.stack import adapters
 from ..core.sampling.guidance import CFG_SKIP_MODES
 from ..core.sampling.sample import decode, sample
 from ..core.sampling.schedule import Schedule
@@ -19,7 +20,6 @@ from . import handles
 from .progress import Progress, say
 
 CATEGORY = "VideoLoRA/sampling"
-_BYTES_PER_ACTIVATION = 24  # of a token's width: residual, query, key, value, attention output and their copies
 
 
 class EncodeText(io.ComfyNode):
@@ -69,11 +69,10 @@ class EmptyLatent(io.ComfyNode):
     def validate_inputs(cls, width, height, frames) -> bool | str:
         if None in (width, height, frames):
             return True
-        for family in handles.FAMILIES.values():
-            try:
-                family.latent.check(VideoSize(frames, height, width))
-            except ValueError as error:
-                return str(error)
+        try:
+            check_size(VideoSize(frames, height, width))
+        except ValueError as error:
+            return str(error)
         return True
 
     @classmethod
@@ -176,9 +175,12 @@ class Sample(io.ComfyNode):
                 negative=None) -> io.NodeOutput:  # fmt: skip
         family, samples = dit.family, latent["samples"]
         start = family.latent.to_model(samples.float())
-        tokens = family.latent.tokens(VideoSize(*start.shape[2:])) * len(start)
-        loaded = load_stack(dit.loras, family, dit.matrices, dit.variant.title, allow_overlap=dit.allow_overlap)
-        model = dit.load(tokens * dit.part.config.dim * _BYTES_PER_ACTIVATION)
+        if "noise_mask" in latent or samples.any():
+            raise ValueError(
+                "the latent is not empty: only sampling from noise is possible so far. Link Empty Video Latent."
+            )
+        loaded = dit.load_stack()
+        model = dit.load(start)
         device = mm.get_torch_device()
         steps = sample(model, family, start, _states(dit, positive), negative and _states(dit, negative), schedule,
                        guidance or dit.variant.guidance, seed, device)  # fmt: skip
@@ -194,7 +196,7 @@ def _states(dit: handles.DiTFile, conditioning):
     if len(conditioning) != 1:
         raise ValueError(f"the conditioning has {len(conditioning)} parts; one prompt at a time can be sampled.")
     cross_attn, options = conditioning[0]
-    width = dit.part.config.text_dim
+    width = dit.part.text_width
     if cross_attn.shape[-1] != width:
         raise ValueError(f"the conditioning has width {cross_attn.shape[-1]} and {dit.variant.title} takes {width}: it was "
                          "made by the text encoder of another model.")  # fmt: skip
@@ -220,10 +222,11 @@ class Decode(io.ComfyNode):
     @classmethod
     def execute(cls, vae: handles.VAEFile, latent) -> io.NodeOutput:
         family, samples = vae.family, latent["samples"]
+        family.latent.check_latents(samples)
         pixels = family.latent.pixels(VideoSize(*samples.shape[2:]))
         images = torch.empty(len(samples) * pixels.frames, pixels.height, pixels.width, 3)
         progress = Progress(cls.hidden.unique_id, len(images))
-        model = vae.load()
+        model = vae.load(pixels)
         for index, one in enumerate(samples.to(mm.get_torch_device()).split(1)):
             for first, frames in decode(model, family, one):
                 begin = index * pixels.frames + first

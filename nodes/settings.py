@@ -9,6 +9,8 @@ from comfy_api.latest import io
 
 from ..core.lora.loraid import UNITS, Loraid, allocate
 from ..core.training.job import (
+    BASE_PRECISIONS,
+    FILE_PRECISIONS,
     MemorySettings,
     NetworkSettings,
     OptimizerSettings,
@@ -184,7 +186,7 @@ class MemorySettingsNode(io.ComfyNode):
                 io.Boolean.Input("gradient_checkpointing", default=default["gradient_checkpointing"],
                                  tooltip="Computes activations twice instead of keeping them: a third slower, a fraction of the "
                                  "memory. Switch it off only when there is memory to spare."),
-                io.Combo.Input("precision", options=["auto", "bfloat16", "float16", "float32"], default=default["precision"],
+                io.Combo.Input("precision", options=list(BASE_PRECISIONS), default=default["precision"],
                                tooltip="Precision of the frozen model. auto: bfloat16 where the device has it."),
             ],
             outputs=[handles.Memory.Output("memory", display_name="memory")],
@@ -215,7 +217,7 @@ class SaveSettingsNode(io.ComfyNode):
                              tooltip="A LoRA file every so many passes through the data. 0: only at the end."),
                 io.Int.Input("keep", default=default["keep"], min=0, max=10000,
                              tooltip="Keep only so many of these files. 0: keep all."),
-                io.Combo.Input("precision", options=["bfloat16", "float16", "float32"], default=default["precision"],
+                io.Combo.Input("precision", options=list(FILE_PRECISIONS), default=default["precision"],
                                tooltip="Precision of the files. float32 doubles their size and is rarely worth it."),
             ],
             outputs=[handles.SaveType.Output("save", display_name="save")],

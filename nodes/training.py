@@ -24,7 +24,7 @@ from ..core.training.job import (
     TrainingItem,
     TrainingSet,
 )
-from ..core.training.run import Run
+from ..core.training.run import MetricsReader, Run
 from . import handles, paths
 from .progress import Progress, say
 
@@ -69,16 +69,12 @@ class Train(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
-        try:
-            paths.output_file("loras", name)
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        return paths.checked_output("loras", name)
 
     @classmethod
     def check_lazy_status(
-        cls, dit: handles.DiTFile, loraid: Loraid | None = None, latents=None, text=None, **_
+        cls, dit: handles.DiTFile, name: str, loraid: Loraid | None = None, latents=None, text=None, **_
     ) -> list[str]:
         """Everything that is cheap to check comes before the caches, which may take hours."""
         if loraid is not None:
@@ -87,7 +83,8 @@ class Train(io.ComfyNode):
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
             )
-        return [name for name, value in (("latents", latents), ("text", text)) if value is None]
+        _refuse_to_overwrite(paths.output_file("loras", name))
+        return [missing for missing, value in (("latents", latents), ("text", text)) if value is None]
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache, name: str, steps: int,
@@ -119,6 +116,12 @@ class Train(io.ComfyNode):
             {"loss": [entry["loss"] for entry in metrics]},
             ui={"videolora_run": [summary]},
         )
+
+
+def _refuse_to_overwrite(target: Path) -> None:
+    """A LoRA of another training may be replaced (its own run keeps it), anything else may not."""
+    if target.exists() and "videolora_job" not in safetensors.read_header(target).metadata:
+        raise ValueError(f"{target} exists and was not made by this node: choose another name.")
 
 
 def _training_sets(
@@ -163,12 +166,12 @@ def _train(run: Run, job: Job, progress: Progress) -> None:
     """Start the run's process, or join it, and follow it to its end."""
     process = None
     if not run.is_alive():
-        mm.unload_all_models()
-        mm.soft_empty_cache()
+        handles.Slot.release_all()
         process = _start(run)
     try:
+        reader = MetricsReader(run)
         while _at_work(run, process):
-            _show(run, job, progress)
+            _show(run, job, reader, progress)
             time.sleep(_POLL_SECONDS)
     except mm.InterruptProcessingException:
         run.ask_to_stop()
@@ -199,9 +202,12 @@ def _start(run: Run) -> subprocess.Popen:
     command = [sys.executable, *user_site, str(_CORE), "train", str(run.folder), mm.get_torch_device().type]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     detached: dict[str, Any] = (
-        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
+        if os.name == "nt"
+        else {"start_new_session": True}
     )
     run.forget_stop()
+    run.write_status(runs.STOPPED, _last_step(run))  # an earlier failure is not this one's
     with open(run.log, "w", encoding="utf-8") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=run.folder,
@@ -214,18 +220,17 @@ def _last_step(run: Run) -> int:
     return metrics[-1]["step"] if metrics else 0
 
 
-def _show(run: Run, job: Job, progress: Progress) -> None:
+def _show(run: Run, job: Job, reader: MetricsReader, progress: Progress) -> None:
     """Raises ComfyUI's interrupt when the user has cancelled."""
-    metrics = run.metrics()
-    if metrics:
-        last = metrics[-1]
-        progress.update(last["step"], job.steps, _line(metrics, job))
+    latest = list(reader.read())
+    if latest:
+        progress.update(latest[-1]["step"], job.steps, _line(latest, job))
     elif run.log.exists():
         progress.update(0, job.steps, run.log_end(1))
 
 
-def _line(metrics: list[dict[str, Any]], job: Job) -> str:
-    last, recent = metrics[-1], metrics[-50:]
+def _line(recent: list[dict[str, Any]], job: Job) -> str:
+    last = recent[-1]
     pace = sum(entry["seconds"] for entry in recent) / len(recent)
     left = int(pace * (job.steps - last["step"]))
     return (
@@ -244,6 +249,6 @@ def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any
     return {
         "name": job.name, "loraid": job.loraid.number if job.loraid else None, "steps": job.steps,
         "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "run": str(run.folder),
-        "peak_memory": max(entry["memory"] for entry in metrics),
+        "peak_memory": max((entry["memory"] for entry in metrics), default=0),
         "text": f"{job.steps} steps in {seconds:.0f} s, loss {first:.4f} -> {last:.4f}\n" + "\n".join(files),
     }  # fmt: skip

@@ -42,7 +42,9 @@ def save_latents(path: Path, latents: Tensor, size: VideoSize, family: Family, f
         latents = family.latent.to_model(latents[None])[0]
     latents = latents.to(family.cache_dtype)
     if not torch.isfinite(latents).all():
-        raise ValueError("the VAE gave values that are not finite; use the VAE in float32 or bfloat16")
+        raise ValueError(
+            f"the VAE gave values that are not finite for {path.name}: the VAE file may be damaged, get it again."
+        )
     shape = "x".join(str(side) for side in latents.shape[1:])
     metadata = {
         "architecture": family.name, "width": str(size.width), "height": str(size.height),

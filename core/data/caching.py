@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,13 @@ from torch import Tensor
 
 from ..family import VAE, Family, TextEncoder
 from ..io.files import digest, fingerprint
+from ..prefetch import prefetched
 from ..shapes import VideoSize
 from . import cache_files
 from .buckets import choose_bucket
 from .config import DatasetConfig
 from .discovery import Item, find_items
-from .media import UnreadableMedia, probe, read_image, read_windows
-from .prefetch import prefetched
+from .media import MediaInfo, UnreadableMedia, probe, read_image, read_windows
 from .windows import Window, choose_windows
 
 _TEXT_BATCH = 8
@@ -67,8 +69,11 @@ class CacheStep:
     reason: str = ""
 
 
-def plan_latents(dataset: Dataset, family: Family, encoder_identity: str) -> LatentPlan:
-    """Choose size and windows of every item. `encoder_identity` stands for the VAE's file and dtype.
+def plan_latents(
+    dataset: Dataset, family: Family, encoder_identity: str, on_item: Callable[[int, int], None] = lambda *_: None
+) -> LatentPlan:
+    """Choose size and windows of every item. `encoder_identity` stands for the VAE's file and dtype; `on_item` is told
+    (items done, items in all), as reading many large clips takes a while.
 
     Raises ValueError when the data set's size or frame counts do not fit the model, or nothing can be read.
     """
@@ -76,7 +81,8 @@ def plan_latents(dataset: Dataset, family: Family, encoder_identity: str) -> Lat
     config = dataset.config
     if not config.enable_bucket:
         family.latent.check(VideoSize(1, config.resolution[1], config.resolution[0]))
-    for item in dataset.items:
+    for done, item in enumerate(dataset.items):
+        on_item(done, len(dataset.items))
         try:
             plan.windows += _plan_item(item, config, family, encoder_identity)
         except UnreadableMedia as error:
@@ -87,7 +93,8 @@ def plan_latents(dataset: Dataset, family: Family, encoder_identity: str) -> Lat
 
 
 def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) -> list[PlannedWindow]:
-    info = probe(item.source, family.fps, config.source_fps)
+    state = _state(item.source)
+    info = _probed(item.source, family.fps, config.source_fps, state)
     if config.enable_bucket:
         size = choose_bucket((info.width, info.height), config.resolution, family.latent.multiple,
                              no_upscale=config.bucket_no_upscale)  # fmt: skip
@@ -100,7 +107,7 @@ def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) 
             raise UnreadableMedia(
                 f"it has {info.frames} frames at {family.fps} fps, fewer than target_frames {min(config.target_frames)}"
             )
-    content = fingerprint(item.source) if item.source.is_file() else _folder_fingerprint(item.source)
+    content = _content(item.source, state)
     planned = []
     for window in windows:
         pixels = VideoSize(window.count if window else 1, size[1], size[0])
@@ -110,8 +117,34 @@ def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) 
     return planned
 
 
-def _folder_fingerprint(folder: Path) -> str:
-    return digest([[path.name, fingerprint(path)] for path in sorted(folder.iterdir()) if path.is_file()])
+def _state(source: Path) -> tuple:
+    """Sizes and times of change: while they stay the same, a file or a folder of frames is not read again."""
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+@lru_cache(maxsize=1 << 16)
+def _probed(source: Path, fps: float, source_fps: float | None, state: tuple) -> MediaInfo:
+    return probe(source, fps, source_fps)
+
+
+@lru_cache(maxsize=1 << 16)
+def _content(source: Path, state: tuple) -> str:
+    """What identifies the content of a file or a folder of frames."""
+    if source.is_file():
+        return fingerprint(source)
+    return digest([[path.name, fingerprint(path)] for path in sorted(source.iterdir()) if path.is_file()])
+
+
+def check_distinct(planned: Iterable[PlannedWindow | PlannedText]) -> None:
+    """Raise ValueError when two data sets would write one cache file with different contents."""
+    wanted: dict[Path, str] = {}
+    for one in planned:
+        if wanted.setdefault(one.path, one.fingerprint) != one.fingerprint:
+            raise ValueError(
+                f"two data sets would both write {one.path} with different contents: give each its own cache_directory, or "
+                "its own folder."
+            )
 
 
 def reasons(left_out: dict[str, str]) -> str:
@@ -143,16 +176,17 @@ def cache_latents(
     if not todo:
         return
     vae = load_vae()
-    for plan, planned, frames in prefetched(_read_all(todo, family)):
-        done += 1
-        if isinstance(frames, UnreadableMedia):
-            plan.left_out[planned.item.source.name] = str(frames)
-            plan.windows.remove(planned)
-            yield CacheStep(done, total, planned.path.name, "failed", str(frames))
-            continue
-        latents = vae.encode(to_video(frames, device))[0]
-        cache_files.save_latents(planned.path, latents, planned.size, family, planned.fingerprint)
-        yield CacheStep(done, total, planned.path.name, "made")
+    with closing(prefetched(_read_all(todo, family))) as clips:
+        for plan, planned, frames in clips:
+            done += 1
+            if isinstance(frames, UnreadableMedia):
+                plan.left_out[planned.item.source.name] = str(frames)
+                plan.windows.remove(planned)
+                yield CacheStep(done, total, planned.path.name, "failed", str(frames))
+                continue
+            latents = vae.encode(to_video(frames, device))[0]
+            cache_files.save_latents(planned.path, latents, planned.size, family, planned.fingerprint)
+            yield CacheStep(done, total, planned.path.name, "made")
     for plan in plans:
         if not plan.windows:
             raise ValueError(f"nothing in {plan.dataset.config.title} can be used: {reasons(plan.left_out)}")
@@ -178,7 +212,7 @@ def _read_all(
 
 def to_video(frames: np.ndarray, device: torch.device) -> Tensor:
     """(F, H, W, 3) uint8 -> (1, 3, F, H, W) float32 in -1..1."""
-    return torch.from_numpy(frames).to(device).movedim(3, 0)[None].float() / 127.5 - 1
+    return torch.from_numpy(frames).to(device).movedim(3, 0)[None].float().div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+CACHE_FOLDER = "videolora_cache"
 EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
 
@@ -185,7 +186,7 @@ def _dataset(table: Any, general: Mapping[str, Any], where: str, resolve: Callab
 
 def default_cache(folder: Path) -> Path:
     """Where the caches of a folder of clips lie unless said otherwise: beside them, in a folder of their own."""
-    return folder / "videolora_cache"
+    return folder / CACHE_FOLDER
 
 
 def _values(table: Any, known: Mapping[str, Callable], where: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class MediaInfo:
 
 
 def probe(path: Path, fps: float, source_fps: float | None = None) -> MediaInfo:
-    """Size and frame count of a video file, a folder of images (taken as frames) or an image, without decoding it."""
+    """Size and frame count of a video file, a folder of images (taken as frames) or an image."""
     if path.is_dir():
         frames = media_files(path, IMAGES)
         if not frames:
@@ -104,6 +104,16 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + size[0], top + size[1]))
 
 
+def _quarter_turns(path: Path) -> int:
+    """How often the frames must be turned by 90 degrees, against the clock, to stand upright: phones store them lying."""
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            frame = next(container.decode(video=0), None)
+    except av.error.FFmpegError:  # said where the damaged part is needed
+        frame = None
+    return round(frame.rotation / 90) % 4 if frame is not None else 0
+
+
 class _Video:
     """An open video file and the times of its frames."""
 
@@ -114,13 +124,16 @@ class _Video:
                 raise UnreadableMedia("it has no video stream")
             self.stream = self.container.streams.video[0]
             self.stream.thread_type = "AUTO"
+            self.turns = _quarter_turns(path)
             self.rate = source_fps or float(self.stream.average_rate or self.stream.guessed_rate or 0)
         except (OSError, av.error.FFmpegError) as error:
             raise UnreadableMedia(f"the video cannot be opened ({error})") from error
         if not self.rate:
+            self.container.close()
             raise UnreadableMedia("its frame rate is unknown: give source_fps")
         self.timed = source_fps is None
-        self.width, self.height = self.stream.codec_context.width, self.stream.codec_context.height
+        self.stored = self.stream.codec_context.width, self.stream.codec_context.height
+        self.width, self.height = self.stored[::-1] if self.turns % 2 else self.stored
 
     def __enter__(self) -> _Video:
         return self
@@ -151,10 +164,12 @@ class _Video:
         """(seconds since the first frame, frame) of every frame of the file."""
         width, height = cover(self.width, self.height, size)
         left, top = (width - size[0]) // 2, (height - size[1]) // 2
+        stored = (height, width) if self.turns % 2 else (width, height)
         start = last = None
         try:
             for index, frame in enumerate(self.container.decode(self.stream)):
-                pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="LANCZOS")
+                pixels = frame.to_ndarray(format="rgb24", width=stored[0], height=stored[1], interpolation="LANCZOS")
+                pixels = np.rot90(pixels, self.turns)
                 pts = frame.pts if self.timed and frame.pts is not None else None
                 if pts is not None and last is not None and pts <= last:  # some AVI files hold no real times
                     self.timed, pts = False, None
@@ -167,7 +182,7 @@ class _Video:
 
 
 def _video_frames(path: Path, size: tuple[int, int], fps: float, source_fps: float | None) -> Iterator[np.ndarray]:
-    """The frames at `fps`: of the file's frames always the nearest in time, so slow clips repeat some and none is lost."""
+    """The frames at `fps`: of the file's frames always the nearest in time: slow clips repeat some, fast ones drop some."""
     with _Video(path, source_fps) as video:
         if not video.converts(fps):
             yield from (frame for _, frame in video.decoded(size))

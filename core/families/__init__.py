@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..family import KIND_TITLES, Family, Kind, Part
 from ..keymap import find_prefix
+from ..shapes import VideoSize
 from ..weights import Checkpoint, open_checkpoint
 from .wan import FAMILY as WAN
 
@@ -24,6 +25,10 @@ def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
         inner = checkpoint.without_prefix(prefix)
         try:
             part = family.recognise({name: info.shape for name, info in inner.tensors.items()})
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint.path.name} is incomplete: it looks like {family.title}, but {error} is missing. Get the file again."
+            ) from error
         except ValueError as error:
             raise ValueError(f"{checkpoint.path.name}: {error}") from error
         if part is not None:
@@ -33,6 +38,17 @@ def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
         f"{checkpoint.path.name} is not a model this pack knows (its first tensors: {names}). "
         f"It knows: {', '.join(family.title for family in FAMILIES.values())}."
     )
+
+
+def check_size(size: VideoSize) -> None:
+    """Raise ValueError when no family can take a video of this size."""
+    errors = []
+    for family in FAMILIES.values():
+        try:
+            return family.latent.check(size)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def open_part(path: Path, kind: Kind) -> tuple[Checkpoint, Part]:

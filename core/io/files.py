@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _BLOCK = 1 << 20
 _FULL_HASH_BYTES = 64 * _BLOCK  # larger files are identified by their size and this much of their content
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it replaces `path` only when the block ends without an error.
 
-    Raises OSError that names the target: on a full or read-only disk the file that stood there is unchanged.
+    Raises OSError that names the target: on a full or read-only disk the file that stood there is unchanged. What a
+    killed process left behind is removed.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name[:180]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _remove_left_over(path)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write {path}: {error.strerror or error}. Nothing was overwritten; "
-            "free some space or choose a folder that can be written, then run again",
-        ) from error
+        raise _unwritable(path, error) from error
+    try:
+        try:
+            yield temporary
+        except OSError as error:
+            raise (_unwritable(path, error) if error.errno in _DISK_ERRORS else error) from error
+        try:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            _replace(temporary, path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
     finally:
-        with suppress(OSError):  # the folder itself may be what is missing
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"could not write {path}: {error.strerror or error}. Nothing was overwritten; "
+        "free some space or choose a folder that can be written, then run again",
+    )
+
+
+def _remove_left_over(path: Path) -> None:
+    for old in path.parent.glob(f".{glob.escape(path.name[:180])}.*.tmp"):
+        pid = old.name.split(".")[-2].split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            old.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename over `target`. On Windows that fails while somebody reads it, which passes."""
+    for _ in range(20):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(0.05)
+    return os.replace(source, target)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, stop: int) -> Non
     """Append bytes [start, stop) of `source` to `target`, inside the kernel where the system can."""
     source.seek(start)
     left = stop - start
-    if hasattr(os, "sendfile"):
+    if sys.platform == "linux":  # elsewhere sendfile is for sockets only
         target.flush()
         while left:
             sent = os.sendfile(target.fileno(), source.fileno(), stop - left, min(left, 1 << 30))

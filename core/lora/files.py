@@ -27,9 +27,10 @@ _SUFFIXES = {
     ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up",
     "_lora.down.weight": "down", "_lora.up.weight": "up",
+    ".lora_A": "down", ".lora_B": "up",
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
 }  # fmt: skip
-_OTHER_KINDS = re.compile(r"(hada_w\d|lokr_w\d|oft_|boft_|\.diff|dora_scale)")
+_OTHER_KINDS = re.compile(r"(hada_w\d|lokr_w\d|oft_|boft_|\.diff(_b|_m)?$|dora_scale)")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def read(path: Path, matrices: Iterable[Matrix], title: str) -> LoRAFile:
         raise FileNotFoundError(f"the LoRA {path} does not exist.")
     tensors, metadata = safetensors.load(path)
     if any(_OTHER_KINDS.search(key) for key in tensors):
-        raise ValueError(f"{path.name} is no plain LoRA (LoHa, LoKr, DoRA and full differences cannot be read).")
+        raise ValueError(
+            f"{path.name} is no plain LoRA (LoHa, LoKr, DoRA and full differences cannot be read). Use a plain LoRA."
+        )
     by_name = {matrix.name: matrix for matrix in matrices}
     by_stem = {name.replace(".", "_"): name for name in by_name} | {name: name for name in by_name}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -100,9 +103,14 @@ def _resolve(key: str, by_stem: Mapping[str, str]) -> tuple[str | None, str]:
 
 def _factors(path: Path, matrix: Matrix, found: Mapping[str, Tensor]) -> Factors:
     if "down" not in found or "up" not in found:
-        raise ValueError(f"{path.name}: '{matrix.name}' has only {' and '.join(found)}: the file is damaged.")
+        raise ValueError(
+            f"{path.name}: '{matrix.name}' has only {' and '.join(found)}: the file is damaged, get it again."
+        )
     down, up = found["down"].float(), found["up"].float()
-    if down.ndim != 2 or up.shape != (matrix.rows, down.shape[0]) or down.shape[1] != matrix.columns:
+    if down.ndim != 2 or up.ndim != 2:
+        raise ValueError(f"{path.name}: '{matrix.name}' has factors of {down.ndim} dimensions, a matrix's have 2: this is a LoRA "
+                         "for convolutions, which this model has none of.")  # fmt: skip
+    if up.shape != (matrix.rows, down.shape[0]) or down.shape[1] != matrix.columns:
         raise ValueError(
             f"{path.name}: '{matrix.name}' is for a matrix of {up.shape[0]} x {down.shape[-1]}, this model's is "
             f"{matrix.rows} x {matrix.columns}: the LoRA belongs to another size of the model."
@@ -124,8 +132,7 @@ def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str]
     tensors: dict[str, Tensor] = {}
     for name, factor in factors.items():
         stem = _STEM + name.replace(".", "_")
-        tensors[f"{stem}.alpha"] = torch.tensor(factor.alpha, dtype=factor.down.dtype)
+        tensors[f"{stem}.alpha"] = torch.tensor(factor.alpha)  # float32: rounded, it would scale what was trained
         tensors[f"{stem}.lora_down.weight"] = factor.down
         tensors[f"{stem}.lora_up.weight"] = factor.up
-    hashes = {"sshs_model_hash": safetensors.sha256_of_tensors(tensors)}
-    safetensors.save(path, tensors, {**metadata, **hashes})
+    safetensors.save(path, tensors, {**metadata, "videolora_hash": safetensors.sha256_of_tensors(tensors)})

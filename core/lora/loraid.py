@@ -55,7 +55,7 @@ class Allocation:
     def digest(self) -> str:
         return digest([[name, *rows] for name, rows in self.rows.items()])
 
-    def metadata(self, family: str) -> dict[str, str]:
+    def metadata(self, family: str, expert: str = "") -> dict[str, str]:
         """What a LoRA file says of its share. `ss_loraid` alone is what older LORAID files carry."""
         return {
             "ss_loraid": str(self.loraid.number),
@@ -65,6 +65,7 @@ class Allocation:
             "ss_loraid_total_units": str(self.total),
             "ss_loraid_range": f"{self.first}-{self.last}",
             "ss_loraid_family": family,
+            "ss_loraid_expert": expert or "both",
             "ss_loraid_digest": self.digest,
         }
 
@@ -182,8 +183,8 @@ def _suggestion(matrices: Sequence[Matrix], loraid: Loraid) -> str:
 
 def from_metadata(metadata: Mapping[str, str]) -> Loraid | None:
     """The LORAID a file declares, or None. Older files carry the number alone: those own real blocks."""
-    number = metadata.get("ss_loraid")
-    if number is None:
+    number = metadata.get("ss_loraid", "")
+    if not number.isdigit() or int(number) == 0:
         return None
     try:
         if metadata.get("ss_loraid_version") is None:

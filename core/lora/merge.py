@@ -15,11 +15,11 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.prefetch import prefetched
 from ..family import Part
 from ..io import safetensors
 from ..io.files import fingerprint
 from ..io.safetensors import Header, TensorInfo, read_tensor
+from ..prefetch import prefetched
 from ..weights import shards
 from .stack import LoadedLoRA
 
@@ -94,7 +94,7 @@ def _metadata(source: Path, headers: Mapping[Path, Header], stack: Sequence[Load
             "multiplier": lora.entry.multiplier,
             "loraid": lora.number,
         }
-        for lora in stack
+        for lora in sorted(stack, key=lambda lora: (lora.number or 0, lora.entry.path.name))  # the order has no effect
     ]
     earlier = json.loads(metadata.get(_PROVENANCE, "[]"))
     now = {"base": source.name, "base_fingerprint": fingerprint(source), "loras": loras}
@@ -157,16 +157,3 @@ def _merged(weight: Tensor, first: int, name: str, stack: Sequence[LoadedLoRA]) 
             touched[start:stop] = True
     merged = delta.add_(weight).to(weight.dtype)
     return merged if touched.all() else torch.where(touched[:, None], merged, weight)
-
-
-def _provenance(header: Header, stack: Sequence[LoadedLoRA]) -> list[dict]:
-    earlier = json.loads(header.metadata.get("videolora_merged", "[]"))
-    return earlier + [
-        {
-            "file": lora.entry.path.name,
-            "fingerprint": fingerprint(lora.entry.path),
-            "multiplier": lora.entry.multiplier,
-            "loraid": lora.number,
-        }
-        for lora in stack
-    ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..family import Family
+from ..family import Family, Variant
 from . import files, loraid
 from .adapter import LoRA, Several
 from .files import LoRAFile
@@ -37,7 +37,7 @@ class Collision(ValueError):
 
 
 def load_stack(
-    entries: Sequence[StackEntry], family: Family, matrices: Sequence[Matrix], title: str, *, allow_overlap: bool
+    entries: Sequence[StackEntry], family: Family, variant: Variant, matrices: Sequence[Matrix], *, allow_overlap: bool
 ) -> list[LoadedLoRA]:
     """Read and check the LoRAs of a stack. One with multiplier 0 is switched off: it is left out.
 
@@ -48,8 +48,9 @@ def load_stack(
     for entry in entries:
         if entry.multiplier == 0:
             continue
-        file = files.read(entry.path, matrices, title)
+        file = files.read(entry.path, matrices, variant.title)
         try:
+            _check_expert(file, variant)
             loaded.append(LoadedLoRA(entry, file, _checked_loraid(entry, file, family, matrices)))
         except ValueError as error:
             raise ValueError(f"{entry.path.name}: {error}") from error
@@ -58,6 +59,14 @@ def load_stack(
             if one.number is not None or other.number is not None:
                 _check_disjoint(one, other)
     return loaded
+
+
+def _check_expert(file: LoRAFile, variant: Variant) -> None:
+    made_for = file.metadata.get("ss_loraid_expert", "both")
+    if variant.expert and made_for not in ("both", variant.expert):
+        raise ValueError(
+            f"it was trained for the {made_for}-noise expert, and this is {variant.title}. Apply it to the other one."
+        )
 
 
 def _checked_loraid(entry: StackEntry, file: LoRAFile, family: Family, matrices: Sequence[Matrix]) -> int | None:
@@ -73,14 +82,14 @@ def _checked_loraid(entry: StackEntry, file: LoRAFile, family: Family, matrices:
     allocation = loraid.allocate(matrices, declared)
     if made_for != family.name or allocation.digest != file.metadata["ss_loraid_digest"]:
         raise ValueError(
-            f"its LORAID {declared.number} was given out for a model of another size or family ('{made_for}')."
+            f"its LORAID {declared.number} was given out for a model of another size or family ('{made_for}'). Use it with that model."
         )
     for name, factors in file.factors.items():
         start, stop = factors.touched
         own_start, own_stop = allocation.rows.get(name, (0, 0))
         if start < stop and not (own_start <= start and stop <= own_stop):
             raise ValueError(
-                f"it changes '{name}' rows {start} to {stop - 1}, which LORAID {declared.number} does not own."
+                f"it changes '{name}' rows {start} to {stop - 1}, which LORAID {declared.number} does not own: the file was changed after training. Train it again."
             )
     return declared.number
 

@@ -19,7 +19,7 @@ class BlockRunner:
 
     def __call__(self, block: nn.Module, x: Tensor, *inputs: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and (x.requires_grad or _is_trained(block)):
-            return checkpoint(block, x, *inputs, use_reentrant=False)
+            return checkpoint(block, x, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(x, *inputs)
 
 

@@ -36,7 +36,7 @@ def sample(
     `latents` give the size, in model space; at the first sigma, which is 1, nothing of them is left. `dit` has its
     adapters attached.
     """
-    x = noised(latents, seeded_noise(tuple(latents.shape), seed), schedule.sigmas[:1]).to(device)
+    x = noised(latents.cpu(), seeded_noise(tuple(latents.shape), seed), schedule.sigmas[:1]).to(device)
     plain = _velocity(dit, family, positive, x)
     with_guidance = guided(plain, _velocity(dit, family, negative, x) if negative is not None else None, guidance)
 

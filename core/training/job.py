@@ -12,6 +12,8 @@ from ..lora.loraid import Loraid
 from .timesteps import SAMPLINGS
 
 VERSION = 1
+BASE_PRECISIONS = ("auto", "bfloat16", "float32")
+FILE_PRECISIONS = ("bfloat16", "float16", "float32")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -76,8 +78,9 @@ class MemorySettings:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        allowed = ("auto", "bfloat16", "float16", "float32")
-        _require(self.precision in allowed, f"precision '{self.precision}': use one of {', '.join(allowed)}.")
+        _require(
+            self.precision in BASE_PRECISIONS, f"precision '{self.precision}': use one of {', '.join(BASE_PRECISIONS)}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +95,9 @@ class SaveSettings:
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_epochs", "keep"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more.")
-        allowed = ("bfloat16", "float16", "float32")
-        _require(self.precision in allowed, f"precision '{self.precision}': use one of {', '.join(allowed)}.")
+        _require(
+            self.precision in FILE_PRECISIONS, f"precision '{self.precision}': use one of {', '.join(FILE_PRECISIONS)}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +151,15 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Two jobs with the same digest make the same LoRA."""
-        return digest(asdict(self))
+        """Two jobs with the same digest make the same LoRA: where files lie, when to save and what is traded for memory
+        is not in it."""
+        values = asdict(self)
+        for name in ("output_folder", "dit", "save"):
+            del values[name]
+        del values["memory"]["gradient_checkpointing"]
+        for dataset in values["datasets"]:
+            dataset["items"] = [[item["size"], item["fingerprints"]] for item in dataset["items"]]
+        return digest(values)
 
     @property
     def final_path(self) -> Path:

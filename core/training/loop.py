@@ -78,10 +78,9 @@ def train_step(
         loss = flow_loss(dit, batch, device) / len(batches)
         loss.backward()
         losses.append(loss.detach())
-    total = torch.stack(losses).sum()
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    value = float(total)  # the step's one wait for the device
-    if math.isfinite(value) and math.isfinite(float(norm)):
+    value, norm = torch.stack((torch.stack(losses).sum(), norm)).tolist()  # the step's one wait for the device
+    if math.isfinite(value) and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()

@@ -9,21 +9,22 @@
     state-00000100.safetensors   everything needed to go on after step 100
     lora-00000100.safetensors    the LoRA after step 100
 
-All are written atomically or by appending lines, so a reader never sees half of one, and nothing depends on either side
-being alive.
+They are written atomically or line by line, so a reader never takes half of one for a whole, and nothing depends on either
+side being alive.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ..io.files import read_json, write_json
+from ..io.files import atomic, read_json, write_json
 from .job import Job, read_job
 
 RUNNING, STOPPED, FINISHED, FAILED = "running", "stopped", "finished", "failed"
@@ -40,7 +41,7 @@ class Run:
         """The folder of this job below `runs`, made if need be; the same job has the same folder."""
         run = cls(runs / f"{Path(job.name).name}-{job.digest}")
         run.folder.mkdir(parents=True, exist_ok=True)
-        if not run.path("job.json").exists():
+        if not run.is_alive():  # where files lie and when to save may have changed
             write_json(run.path("job.json"), job.to_json())
         return run
 
@@ -99,19 +100,14 @@ class Run:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All steps so far; a line that is still being written is left for the next time."""
-        path = self.path("metrics.jsonl")
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All steps so far."""
+        return list(MetricsReader(self, keep=None).read())
 
     def cut_metrics(self, step: int) -> None:
         """Forget steps after `step`, which will be done again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
-        temporary = self.path("metrics.tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        os.replace(temporary, self.path("metrics.jsonl"))
+        with atomic(self.path("metrics.jsonl")) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def state_path(self, step: int) -> Path:
         return self.path(f"state-{step:08d}.safetensors")
@@ -127,3 +123,30 @@ class Run:
         if not self.log.exists():
             return "(nothing was logged)"
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+class MetricsReader:
+    """The latest steps of a run, read on from where the last look ended."""
+
+    def __init__(self, run: Run, keep: int | None = 50) -> None:
+        self.path = run.path("metrics.jsonl")
+        self.position = 0
+        self.latest: deque[dict[str, Any]] = deque(maxlen=keep)
+
+    def read(self) -> deque[dict[str, Any]]:
+        """The latest steps, up to `keep`; a line that is still being written is left for the next time."""
+        if not self.path.exists():
+            return self.latest
+        with open(self.path, "rb") as file:
+            if file.seek(0, os.SEEK_END) < self.position:  # steps that are done again were cut off
+                self.position = 0
+                self.latest.clear()
+            file.seek(self.position)
+            lines = file.read().split(b"\n")[:-1]
+        for line in lines:
+            try:
+                self.latest.append(json.loads(line))
+            except ValueError:  # a power loss; the steps from here on are done again
+                break
+            self.position += len(line) + 1
+        return self.latest

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.prefetch import prefetched
-from ..devices import best_device, compute_dtype, peak_memory
+from ..devices import best_device, peak_memory, training_dtype
 from ..families import FAMILIES, open_part
 from ..family import Family
 from ..io.files import atomic, fingerprint
@@ -22,6 +21,7 @@ from ..lora import files, loraid
 from ..lora.adapter import LoRA, attached, untrained_adapters
 from ..lora.files import Factors
 from ..lora.inventory import Matrix, inventory
+from ..prefetch import prefetched
 from ..weights import load_into
 from . import batches, loop, run, state
 from .job import Job
@@ -59,7 +59,7 @@ def _failed(this: Run, error: str) -> int:
 
 
 def _train(this: Run, job: Job, device: torch.device) -> None:
-    dtype = compute_dtype(device) if job.memory.precision == "auto" else getattr(torch, job.memory.precision)
+    dtype = training_dtype(device) if job.memory.precision == "auto" else getattr(torch, job.memory.precision)
     family = FAMILIES[job.family]
     dit, matrices = _load_dit(job, family, dtype, device)
     rows, metadata = _share(job, family, matrices)
@@ -83,6 +83,10 @@ def _train(this: Run, job: Job, device: torch.device) -> None:
 
 def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, optimizer: torch.optim.Optimizer,
                device: torch.device, first: int, writer: _Writer) -> None:  # fmt: skip
+    if this.should_stop:  # asked for while the model was loading
+        this.forget_stop()
+        this.write_status(run.STOPPED, first)
+        return
     per_epoch = batches.steps_per_epoch(job)
     done, saved_at, reported_at = first, time.monotonic(), 0.0
     with closing(prefetched(batches.steps(job, family, first))) as data:
@@ -96,8 +100,9 @@ def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, optimi
                 reported_at = time.monotonic()
                 this.write_status(run.RUNNING, done)
             stopping = this.should_stop and done < job.steps
-            if stopping or _is_due(job, done, per_epoch):
-                writer.save(done, publish=not stopping)
+            due = _is_due(job, done, per_epoch)
+            if stopping or due:
+                writer.save(done, publish=due)
                 saved_at = time.monotonic()
             elif time.monotonic() - saved_at > _STATE_SECONDS:
                 writer.save_state(done)
@@ -141,7 +146,7 @@ def _share(job: Job, family: Family, matrices: list[Matrix]) -> tuple[dict[str, 
         return {matrix.name: (0, matrix.rows) for matrix in matrices}, {}
     allocation = loraid.allocate(matrices, job.loraid)
     log.info("%s", allocation.report())
-    return allocation.rows, allocation.metadata(family.name)
+    return allocation.rows, allocation.metadata(family.name, family.variants[job.variant].expert)
 
 
 class _Writer:
@@ -162,26 +167,34 @@ class _Writer:
         self.save_state(step)
         if publish:
             self._publish(step, self.published_path(step))
-            self._remove_old()
+        self._remove_old()
 
     def finish(self, step: int) -> list[Path]:
         """The last LoRA under its plain name; all files that were published."""
         self._save_lora(step)
         self.save_state(step)
         self._publish(step, self.job.final_path)
-        return [*self._intermediate(), self.job.final_path]
+        return [*map(self.published_path, self._published_steps()), self.job.final_path]
 
     def published_path(self, step: int) -> Path:
         return self.job.final_path.with_name(f"{self.job.final_path.stem}-step{step:08d}.safetensors")
 
-    def _intermediate(self) -> list[Path]:
-        steps = (int(path.stem.removeprefix("lora-")) for path in self.run.folder.glob("lora-*.safetensors"))
-        return [path for path in map(self.published_path, sorted(steps)) if path.exists()]
+    def _saved_steps(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("lora-")) for path in self.run.folder.glob("lora-*.safetensors"))
+
+    def _published_steps(self) -> list[int]:
+        return [step for step in self._saved_steps() if self.published_path(step).exists()]
 
     def _remove_old(self) -> None:
-        if self.job.save.keep:
-            for path in self._intermediate()[: -self.job.save.keep]:
-                path.unlink(missing_ok=True)
+        """Keep as many LoRAs as was asked for, and of those that were not published only the newest."""
+        published = self._published_steps()
+        kept = set(published[-self.job.save.keep :]) if self.job.save.keep else set(published)
+        for step in set(published) - kept:
+            self.published_path(step).unlink(missing_ok=True)
+        newest = max(self._saved_steps())
+        for step in self._saved_steps():
+            if step not in kept and step != newest:
+                self.run.lora_path(step).unlink(missing_ok=True)
 
     def _publish(self, step: int, target: Path) -> None:
         with atomic(target) as temporary:

@@ -31,6 +31,7 @@ FAMILY = Family(
     recognise=checkpoint.recognise,
     build_dit=WanDiT,
     build_vae=WanVAE,
+    vae_elements=7000,  # as ComfyUI reckons for this VAE
     load_text=text.load,
     conditions=text.conditions,
     to_comfyui=text.to_comfyui,

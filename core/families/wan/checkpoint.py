@@ -84,7 +84,8 @@ def _dit(shapes: Shapes) -> Part:
         raise ValueError(f"its width {dim} is no multiple of {HEAD_DIM}: this is no Wan transformer.")
     variants = _variants(config)
     size = f"{config.depth} blocks, width {dim}"
-    return Part(family=NAME, kind="dit", title=f"Wan {' or '.join(variants)}, {size}", config=config, variants=variants)
+    return Part(family=NAME, kind="dit", title=f"Wan {' or '.join(variants)}, {size}", config=config, variants=variants,
+                width=dim, text_width=config.text_dim)  # fmt: skip
 
 
 def _variants(config: WanConfig) -> tuple[str, ...]:

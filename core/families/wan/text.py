@@ -19,6 +19,7 @@ from .dit import TEXT_TOKENS
 
 STATES = "varlen_t5"  # name of the text states in the cache; `varlen_` because prompts differ in length
 _BATCH = 8
+_NO_EFFECT = ("pooled_output", "attention_mask")  # ComfyUI's encoders add them, and Wan does not use them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,12 @@ def to_comfyui(states: TextStates) -> tuple[Tensor, dict[str, Any]]:
 
 
 def from_comfyui(cross_attn: Tensor, options: Mapping[str, Any]) -> TextStates:
-    """(1, L, dim) -> states; zeros behind the prompt are no tokens."""
+    """(1, L, dim) -> states; zeros behind the prompt are no tokens. ValueError for what would have no effect."""
+    ignored = sorted(name for name, value in options.items() if value is not None and name not in _NO_EFFECT)
+    if ignored:
+        raise ValueError(
+            f"the conditioning carries {', '.join(ignored)}, which text-to-video cannot use: link a plain prompt."
+        )
     states = cross_attn[0]
     used = states.abs().sum(dim=1).nonzero()
     length = int(used.max()) + 1 if len(used) else 1

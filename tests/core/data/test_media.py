@@ -328,3 +328,36 @@ def test_a_title_that_is_not_utf8_does_not_matter(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"a title of old", "café à la carte".encode("latin-1")[:14]))
     assert probe(path, FPS).frames == 4
     assert taken(path, 4) == list(range(4))
+
+
+def turned(path, degrees):
+    """The same clip as a phone writes it: pixels as before, and a display matrix that turns them."""
+    corners = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]  # clockwise
+    a, b, c, d = (struct.pack(">i", value << 16) for value in corners)
+    zero = struct.pack(">i", 0)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40  # after version, times, ids, duration, layer, volume
+    data[start : start + 36] = a + b + zero + c + d + zero + zero + zero + struct.pack(">i", 1 << 30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (0, -1)), (180, (-1, -1)), (270, (-1, 0))])
+def test_videos_that_phones_store_lying_are_turned_upright(tmp_path, degrees, corner):
+    path = tmp_path / "phone.mp4"
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:24, :24] = 255  # a white corner, top left of the stored picture
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    turned(path, degrees)
+    size = (96, 64) if degrees % 180 == 0 else (64, 96)
+    info = probe(path, 16)
+    assert (info.width, info.height) == size
+    ((_, frames),) = read_windows(path, [Window(0, 5)], size, 16)
+    assert frames.shape == (5, size[1], size[0], 3)
+    for y in (0, -1):
+        for x in (0, -1):
+            assert (frames[0, y, x].mean() > 128) == ((y, x) == corner), (y, x)

@@ -18,7 +18,8 @@ from videolora.core.lora.stack import Collision, StackEntry, adapters, load_stac
 from videolora.core.weights import load_into
 
 WAN = FAMILIES["wan"]
-TITLE = "a small Wan"
+VARIANT = WAN.variants["2.1-t2v-1.3B"]
+TITLE = VARIANT.title
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def trained(folder, matrices, loraid=None, seed=0, name=None, rank=4, alpha=8.0)
 
 def merged(checkpoint, target, matrices, *entries):
     _, part = open_part(checkpoint, "dit")
-    stack = load_stack(entries, WAN, matrices, TITLE, allow_overlap=True)
+    stack = load_stack(entries, WAN, VARIANT, matrices, allow_overlap=True)
     *_, (done, total) = merge(checkpoint, target, "", part, stack)
     assert done == total
     return load_file(target)
@@ -151,7 +152,7 @@ def test_files_have_the_names_that_other_tools_know(tmp_path, matrices):
         assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in file.keys()
         assert "lora_unet_blocks_1_ffn_2.lora_up.weight" in file.keys()
         assert "lora_unet_blocks_1_ffn_2.alpha" in file.keys()
-        assert file.metadata()["sshs_model_hash"]
+        assert file.metadata()["videolora_hash"]
 
 
 DIALECTS = {
@@ -194,7 +195,7 @@ def test_keys_that_fit_nothing_are_reported(tmp_path, matrices):
     stem = "lora_unet_" + m.name.replace(".", "_")
     save_file({f"{stem}.lora_down.weight": torch.ones(2, m.columns), f"{stem}.lora_up.weight": torch.ones(m.rows, 2),
                "lora_te_encoder.lora_up.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")  # fmt: skip
-    stack = load_stack([StackEntry(tmp_path / "lora.safetensors")], WAN, matrices, TITLE, allow_overlap=False)
+    stack = load_stack([StackEntry(tmp_path / "lora.safetensors")], WAN, VARIANT, matrices, allow_overlap=False)
     assert stack[0].file.unmatched == ["lora_te_encoder.lora_up.weight"]
     assert "1 keys belong to no matrix: lora_te_encoder" in report(stack)
 
@@ -219,7 +220,7 @@ def test_a_lora_of_another_size_and_a_file_that_is_no_lora_are_refused(tmp_path,
 def test_two_loraids_share_no_parameter_and_load_together(unit, tmp_path, matrices):
     n = {"slot": 60, "block": 1, "matrix": 5, "row": 60}[unit]
     paths = [trained(tmp_path, matrices, Loraid(number=i, unit=unit, units_per_id=n), seed=i) for i in (1, 2)]
-    stack = load_stack([StackEntry(path) for path in paths], WAN, matrices, TITLE, allow_overlap=False)
+    stack = load_stack([StackEntry(path) for path in paths], WAN, VARIANT, matrices, allow_overlap=False)
     for name in stack[0].file.factors.keys() & stack[1].file.factors.keys():
         rows = [lora.file.factors[name].up.ne(0).any(dim=1) for lora in stack]
         assert not (rows[0] & rows[1]).any()
@@ -232,37 +233,37 @@ def test_the_same_loraid_twice_collides_and_says_where(tmp_path, matrices):
     with pytest.raises(
         Collision, match=r"change the same parameters in 1 matrices \(blocks\.0\.self_attn\.q rows 0 to 255\)"
     ):
-        load_stack(entries, WAN, matrices, TITLE, allow_overlap=False)
-    assert len(load_stack(entries, WAN, matrices, TITLE, allow_overlap=True)) == 2
+        load_stack(entries, WAN, VARIANT, matrices, allow_overlap=False)
+    assert len(load_stack(entries, WAN, VARIANT, matrices, allow_overlap=True)) == 2
 
 
 def test_a_plain_lora_collides_with_a_loraid_but_not_with_another_plain_one(tmp_path, matrices):
     plain, other = (StackEntry(trained(tmp_path, matrices, seed=i)) for i in (1, 2))
     numbered = StackEntry(trained(tmp_path, matrices, Loraid(number=1), seed=3))
-    assert len(load_stack([plain, other], WAN, matrices, TITLE, allow_overlap=False)) == 2
+    assert len(load_stack([plain, other], WAN, VARIANT, matrices, allow_overlap=False)) == 2
     with pytest.raises(Collision):
-        load_stack([plain, numbered], WAN, matrices, TITLE, allow_overlap=False)
+        load_stack([plain, numbered], WAN, VARIANT, matrices, allow_overlap=False)
 
 
 def test_mixed_units_collide_by_what_they_really_touch(tmp_path, matrices):
     slot = StackEntry(trained(tmp_path, matrices, Loraid(number=1), seed=1))
     row = StackEntry(trained(tmp_path, matrices, Loraid(number=2, unit="row"), seed=2))
     with pytest.raises(Collision):
-        load_stack([slot, row], WAN, matrices, TITLE, allow_overlap=False)
+        load_stack([slot, row], WAN, VARIANT, matrices, allow_overlap=False)
 
 
 def test_a_multiplier_of_zero_switches_a_lora_off(tmp_path, matrices):
     paths = [trained(tmp_path, matrices, Loraid(number=1), seed=i) for i in (1, 2)]
-    stack = load_stack([StackEntry(paths[0]), StackEntry(paths[1], 0.0)], WAN, matrices, TITLE, allow_overlap=False)
+    stack = load_stack([StackEntry(paths[0]), StackEntry(paths[1], 0.0)], WAN, VARIANT, matrices, allow_overlap=False)
     assert len(stack) == 1
 
 
 def test_the_requested_loraid_must_be_that_of_the_file(tmp_path, matrices):
     path = trained(tmp_path, matrices, Loraid(number=2))
     with pytest.raises(ValueError, match="LORAID 1 was asked for, but the file is LORAID 2"):
-        load_stack([StackEntry(path, 1.0, 1)], WAN, matrices, TITLE, allow_overlap=False)
+        load_stack([StackEntry(path, 1.0, 1)], WAN, VARIANT, matrices, allow_overlap=False)
     with pytest.raises(ValueError, match="has no LORAID"):
-        load_stack([StackEntry(trained(tmp_path, matrices), 1.0, 1)], WAN, matrices, TITLE, allow_overlap=False)
+        load_stack([StackEntry(trained(tmp_path, matrices), 1.0, 1)], WAN, VARIANT, matrices, allow_overlap=False)
 
 
 def test_a_file_that_touches_more_than_it_declares_is_refused(tmp_path, matrices):
@@ -270,7 +271,7 @@ def test_a_file_that_touches_more_than_it_declares_is_refused(tmp_path, matrices
     everything = files.read(trained(tmp_path, matrices), matrices, TITLE).factors
     files.save(tmp_path / "liar.safetensors", everything, share.metadata("wan"))
     with pytest.raises(ValueError, match="which LORAID 1 does not own"):
-        load_stack([StackEntry(tmp_path / "liar.safetensors")], WAN, matrices, TITLE, allow_overlap=False)
+        load_stack([StackEntry(tmp_path / "liar.safetensors")], WAN, VARIANT, matrices, allow_overlap=False)
 
 
 def test_a_loraid_of_another_model_size_is_refused(tmp_path, matrices):
@@ -279,7 +280,7 @@ def test_a_loraid_of_another_model_size_is_refused(tmp_path, matrices):
     other = {**share.metadata("wan"), "ss_loraid_digest": "0" * 16}
     files.save(tmp_path / "other.safetensors", factors, other)
     with pytest.raises(ValueError, match="another size or family"):
-        load_stack([StackEntry(tmp_path / "other.safetensors")], WAN, matrices, TITLE, allow_overlap=False)
+        load_stack([StackEntry(tmp_path / "other.safetensors")], WAN, VARIANT, matrices, allow_overlap=False)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -312,7 +313,7 @@ def test_merging_is_free_of_order_and_equals_the_single_merges(unit, tmp_path, c
 
 def test_merging_equals_applying(tmp_path, checkpoint, matrices):
     entries = [StackEntry(trained(tmp_path, matrices, seed=i, rank=2, alpha=0.05), 0.5) for i in (1, 2)]
-    stack = load_stack(entries, WAN, matrices, TITLE, allow_overlap=True)
+    stack = load_stack(entries, WAN, VARIANT, matrices, allow_overlap=True)
     dit = dit_of(checkpoint)
     plain = velocity(dit)
     with attached(dit, adapters(stack, torch.device("cpu"), torch.float32)):
@@ -347,9 +348,9 @@ def test_a_merged_file_keeps_everything_else_and_says_where_it_comes_from(tmp_pa
     with safe_open(target, "pt") as file:
         assert file.metadata()["modelspec.title"] == "small"
         assert '"loraid": 1' in file.metadata()["videolora_merged"]
-    stack = load_stack([entry], WAN, matrices, TITLE, allow_overlap=False)
+    stack = load_stack([entry], WAN, VARIANT, matrices, allow_overlap=False)
     assert is_merged(checkpoint, target, stack)
-    other = load_stack([StackEntry(entry.path, 0.6)], WAN, matrices, TITLE, allow_overlap=False)
+    other = load_stack([StackEntry(entry.path, 0.6)], WAN, VARIANT, matrices, allow_overlap=False)
     assert not is_merged(checkpoint, target, other)
 
 
@@ -367,7 +368,7 @@ def test_shards_are_merged_into_one_file(tmp_path, checkpoint, matrices):
 
 def test_a_merge_that_is_given_up_leaves_nothing(tmp_path, checkpoint, matrices):
     _, part = open_part(checkpoint, "dit")
-    stack = load_stack([StackEntry(trained(tmp_path, matrices))], WAN, matrices, TITLE, allow_overlap=False)
+    stack = load_stack([StackEntry(trained(tmp_path, matrices))], WAN, VARIANT, matrices, allow_overlap=False)
     steps = merge(checkpoint, tmp_path / "out" / "m.safetensors", "", part, stack)
     next(steps)
     steps.close()
@@ -383,3 +384,37 @@ def test_fp8_weights_and_the_source_itself_are_refused(tmp_path, checkpoint, mat
         merged(tmp_path / "fp8.safetensors", tmp_path / "m.safetensors", matrices, entry)
     with pytest.raises(ValueError, match="is the checkpoint itself"):
         merged(checkpoint, checkpoint, matrices, entry)
+
+
+def test_prefixes_that_hold_the_word_diff_are_no_other_kind_of_lora(tmp_path, matrices):
+    m = matrices[0]
+    tensors = {f"model.diffusion_model.{m.name}.lora_A.weight": torch.ones(2, m.columns),
+               f"model.diffusion_model.{m.name}.lora_B.weight": torch.ones(m.rows, 2)}  # fmt: skip
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert list(files.read(tmp_path / "lora.safetensors", matrices, TITLE).factors) == [m.name]
+
+
+def test_alpha_is_kept_exactly_in_a_file_of_bfloat16(tmp_path, matrices):
+    m = matrices[0]
+    factors = {m.name: Factors(torch.ones(4, m.columns).bfloat16(), torch.ones(m.rows, 4).bfloat16(), 12.34)}
+    files.save(tmp_path / "lora.safetensors", factors, {})
+    assert files.read(tmp_path / "lora.safetensors", matrices, TITLE).factors[m.name].alpha == pytest.approx(
+        12.34, rel=1e-6
+    )
+
+
+def test_a_lora_of_one_expert_is_refused_by_the_other_and_taken_by_its_own(tmp_path, matrices):
+    share = allocate(matrices, Loraid(number=1))
+    factors = files.read(trained(tmp_path, matrices, Loraid(number=1)), matrices, TITLE).factors
+    files.save(tmp_path / "high.safetensors", factors, share.metadata("wan", "high"))
+    entry = [StackEntry(tmp_path / "high.safetensors")]
+    with pytest.raises(ValueError, match="trained for the high-noise expert"):
+        load_stack(entry, WAN, WAN.variants["2.2-t2v-A14B-low"], matrices, allow_overlap=False)
+    assert load_stack(entry, WAN, WAN.variants["2.2-t2v-A14B-high"], matrices, allow_overlap=False)
+
+
+def test_merged_files_are_the_same_to_the_byte_in_any_order(tmp_path, checkpoint, matrices):
+    entries = [StackEntry(trained(tmp_path, matrices, Loraid(number=i, unit="row"), seed=i)) for i in (1, 2)]
+    for index, order in enumerate(permutations(entries)):
+        merged(checkpoint, tmp_path / f"{index}.safetensors", matrices, *order)
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()

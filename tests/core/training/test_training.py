@@ -264,7 +264,7 @@ def test_a_job_survives_its_file(made, tmp_path):
     [(OptimizerSettings, {"learning_rate": -1e-4}), (OptimizerSettings, {"learning_rate": float("nan")}),
      (OptimizerSettings, {"learning_rate": float("inf")}), (OptimizerSettings, {"gradient_accumulation": 0}),
      (NetworkSettings, {"rank": 0}), (NetworkSettings, {"alpha": 0.0}), (TimestepSettings, {"sampling": "magic"}),
-     (TimestepSettings, {"shift": 0.0}), (MemorySettings, {"precision": "int4"}), (SaveSettings, {"every_steps": -1})],
+     (TimestepSettings, {"shift": 0.0}), (MemorySettings, {"precision": "float16"}), (SaveSettings, {"every_steps": -1})],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_with_advice(settings, wrong):
     with pytest.raises(ValueError, match="use"):
@@ -340,3 +340,51 @@ def test_a_process_id_that_was_given_out_again_is_not_taken_for_the_worker(tmp_p
     this.claim()
     assert this.is_alive()
     assert run.RUNNING == "running"
+
+
+def test_metrics_are_read_on_from_the_last_look_and_again_after_steps_were_cut_off(tmp_path):
+    this = Run(tmp_path)
+    reader = run.MetricsReader(this, keep=3)
+    for step in range(1, 6):
+        this.append_metrics({"step": step})
+    assert [entry["step"] for entry in reader.read()] == [3, 4, 5]
+    with open(this.path("metrics.jsonl"), "a") as file:
+        file.write('{"step": 6')
+    assert [entry["step"] for entry in reader.read()] == [3, 4, 5], "a line that is being written is left"
+    this.cut_metrics(2)
+    assert [entry["step"] for entry in reader.read()] == [1, 2]
+
+
+def test_a_line_torn_by_a_power_loss_does_not_stop_a_run(tmp_path):
+    this = Run(tmp_path)
+    this.append_metrics({"step": 1})
+    with open(this.path("metrics.jsonl"), "a") as file:
+        file.write('\0\0\0\n{"step": 2}\n')
+    this.cut_metrics(5)
+    assert [entry["step"] for entry in this.metrics()] == [1]
+
+
+def test_where_files_lie_and_when_to_save_do_not_make_another_run(made, tmp_path):
+    one = job(made, tmp_path / "here", save=SaveSettings(every_steps=1))
+    moved = job(
+        made, tmp_path / "there", save=SaveSettings(every_steps=2), memory=MemorySettings(gradient_checkpointing=False)
+    )
+    assert one.digest == moved.digest
+    assert Run.of(one, tmp_path / "runs").folder == Run.of(moved, tmp_path / "runs").folder
+    assert Run(Run.of(moved, tmp_path / "runs").folder).job() == moved
+    assert one.digest != job(made, tmp_path, steps=7).digest
+
+
+def test_stopping_at_a_step_that_is_due_publishes_its_lora(made, tmp_path):
+    this = Run.of(
+        job(made, tmp_path / "loras", steps=2000, save=SaveSettings(every_steps=1, keep=1)), tmp_path / "runs"
+    )
+    process = start(this, wait=False)
+    until(lambda: len(this.metrics()) >= 3)
+    this.ask_to_stop()
+    assert process.wait(60) == 0
+    step = this.status()["step"]
+    assert [path.name for path in (tmp_path / "loras").iterdir()] == [f"lora-step{step:08d}.safetensors"]
+    assert [path.name for path in this.folder.glob("lora-*")] == [f"lora-{step:08d}.safetensors"], (
+        "older ones are removed"
+    )
