@@ -63,8 +63,9 @@ def merge_now(names: list[str]) -> None:
     part, matrices = matrices_of(FOLDER / "dit.safetensors")
     before = devices.peak_memory(CPU)
     begin = time.perf_counter()
+    variant = FAMILY.variants["2.1-t2v-14B"]
     loaded = stack.load_stack(
-        [stack.StackEntry(FOLDER / name) for name in names], FAMILY, matrices, "", allow_overlap=False
+        [stack.StackEntry(FOLDER / name) for name in names], FAMILY, variant, matrices, allow_overlap=False
     )
     for _ in merge.merge(FOLDER / "dit.safetensors", FOLDER / "merged.safetensors", "", part, loaded):
         pass

@@ -35,10 +35,12 @@ class LoRA(nn.Module):
         return cls(down, torch.zeros(rows[1] - rows[0], rank), alpha / rank, rows)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the adapter's share to y = W x, in place: y is the linear layer's fresh output."""
+        """y = W x with the adapter's share added; y must be the linear layer's fresh output, it may be written to."""
         hidden = F.linear(x, self.down.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
-        share = y.flatten(0, -2)[:, self.rows[0] : self.rows[1]]  # a view of y
-        share.addmm_(hidden, self.up.to(x.dtype).t(), alpha=self.scale)
+        up, flat = self.up.to(x.dtype).t(), y.flatten(0, -2)
+        if up.shape[1] == flat.shape[1]:  # out of place: the gradient of a view that was written to is copied whole
+            return torch.addmm(flat, hidden, up, alpha=self.scale).view_as(y)
+        flat[:, self.rows[0] : self.rows[1]].addmm_(hidden, up, alpha=self.scale)
         return y
 
 
