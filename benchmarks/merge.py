@@ -73,47 +73,60 @@ def merge_now(names: list[str]) -> None:
     print(f"{taken} {devices.peak_memory(CPU)} {before}")
 
 
-def copy(source: Path, target: Path) -> float:
+def copy_now() -> None:
+    """Copy the checkpoint, flushed to the disk as a merge is."""
+    source = FOLDER / "dit.safetensors"
     begin = time.perf_counter()
-    with open(source, "rb") as file, open(target, "wb") as output:
+    with open(source, "rb") as file, open(FOLDER / "merged.safetensors", "wb") as output:
         safetensors.copy_bytes(file, output, 0, source.stat().st_size)
         os.fsync(output.fileno())
-    return time.perf_counter() - begin
+    print(time.perf_counter() - begin, devices.peak_memory(CPU), 0)
+
+
+def measured(*words: str) -> list[float]:
+    """Seconds, peak memory and memory before the work, of a fresh process: the system treats old and new ones differently."""
+    command = [sys.executable, __file__, *words]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (FOLDER / "merged.safetensors").unlink()
+    os.sync()
+    return [float(word) for word in printed.split()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gib", type=float, default=4.0)
     parser.add_argument("--merge", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--copy", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.merge:
+    if args.copy:
+        copy_now()
+    elif args.merge:
         merge_now(args.merge)
-        return
+    else:
+        compare(args.gib)
+
+
+def compare(gib: float) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     source = FOLDER / "dit.safetensors"
-    make_checkpoint(source, args.gib)
+    make_checkpoint(source, gib)
     _, matrices = matrices_of(source)
     for number in (1, 2):
         make_lora(FOLDER / f"loraid_{number}.safetensors", matrices, number)
     make_lora(FOLDER / "whole.safetensors", matrices, None)
-    print(
-        f"checkpoint of {source.stat().st_size / 2**30:.2f} GiB, rank {RANK}, {os.cpu_count()} cores, torch {torch.__version__}"
-    )
+    size = source.stat().st_size / 2**30
+    print(f"checkpoint of {size:.2f} GiB, rank {RANK}, {os.cpu_count()} cores, torch {torch.__version__}")
+    measured("--copy")  # brings the file into memory
     for title, names in {
         "two LORAIDs": ["loraid_1.safetensors", "loraid_2.safetensors"],
         "whole model": ["whole.safetensors"],
     }.items():
-        copies, merges = [], []
-        for _ in range(3):  # the disk's pace changes from minute to minute: the best of each, one beside the other
-            copies.append(copy(source, FOLDER / "merged.safetensors"))
-            (FOLDER / "merged.safetensors").unlink()
-            words = [sys.executable, __file__, "--merge", *names]
-            done = subprocess.run(words, check=True, capture_output=True, text=True)
-            taken, peak, before = map(float, done.stdout.split())
-            merges.append(taken)
-            (FOLDER / "merged.safetensors").unlink()
-        print(f"{title:12} {min(merges):6.2f} s, copy {min(copies):6.2f} s, ratio {min(merges) / min(copies):.2f}, "
-              f"peak {peak / 2**30:.2f} GiB ({before / 2**30:.2f} of it Python and torch)")  # fmt: skip
+        # The disk's pace changes from minute to minute: in turns, and the best of each counts.
+        rounds = [(measured("--copy"), measured("--merge", *names)) for _ in range(3)]
+        copied = min(copy[0] for copy, _ in rounds)
+        taken, peak, before = min(merged for _, merged in rounds)
+        print(f"{title}: {taken:.2f} s, copy {copied:.2f} s, ratio {taken / copied:.2f}, peak {peak / 2**30:.2f} GiB "
+              f"({before / 2**30:.2f} of it Python and torch)")  # fmt: skip
     for path in FOLDER.iterdir():
         path.unlink()
 
