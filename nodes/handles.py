@@ -53,10 +53,13 @@ class Slot:
         self.encoder: TextEncoder | None = None
         self._all.add(self)
 
-    def on_device(self, make: Callable[[], torch.nn.Module], memory: int) -> torch.nn.Module:
-        """The module on the compute device, made if it is not there. `memory` is what it will need to work, in bytes."""
+    def on_device(
+        self, make: Callable[[], torch.nn.Module], memory: int, device: torch.device | None = None
+    ) -> torch.nn.Module:
+        """The module on the compute device (or `device`), made if it is not there. `memory` is what it will need to work,
+        in bytes."""
         if self.patcher is None:
-            self.patcher = ModelPatcher(make(), mm.get_torch_device(), mm.unet_offload_device())
+            self.patcher = ModelPatcher(make(), device or mm.get_torch_device(), mm.unet_offload_device())
         # Our modules cannot work with a part of their weights elsewhere, as ComfyUI's own can.
         mm.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
         module, device = self.patcher.model, self.patcher.load_device
@@ -114,10 +117,12 @@ class VAEFile(ModelFile):
 
 class TextEncoderFile(ModelFile):
     def load(self) -> TextEncoder:
-        """The text encoder on the compute device."""
+        """The text encoder on the compute device, or on the CPU when it is larger than the device's memory."""
         if self.slot.encoder is None:
             self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype)
-        self.slot.on_device(lambda: self.slot.encoder.model, memory=0)
+        model, device = self.slot.encoder.model, mm.get_torch_device()
+        fits = sum(parameter.nbytes for parameter in model.parameters()) < 0.9 * mm.get_total_memory(device)
+        self.slot.on_device(lambda: model, memory=0, device=device if fits else torch.device("cpu"))
         return self.slot.encoder
 
 
