@@ -14,20 +14,14 @@ trained; every layer does one plain job:
 - Before a head each signal is stored as x and as -x, because silu(x) - silu(-x) = x.
 """
 
+import pack
 import torch
 from torch import Tensor
 
 # Weights are (output, input, time, height, width); a causal kernel sees the present in its last tap.
 
 # Statistics of the official latents: users of the VAE normalise with them, so `mu` must come out like theirs.
-LATENT_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-LATENT_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
+LATENT = pack.load("core.families").FAMILIES["wan"].latent
 LOG_VARIANCE = -20.0
 
 WIDTHS = (1, 2, 4, 4)
@@ -114,8 +108,8 @@ def _write_latent_scaling(tensors: dict[str, Tensor]) -> None:
     to_unit[_feature(TREND), _feature(TREND)] = 1 / TREND_SPREAD
     to_unit[_feature(SWAY), _feature(SWAY)] = 1 / SWAY_SPREAD
 
-    mean = torch.tensor(LATENT_MEAN, dtype=torch.float64)
-    std = torch.tensor(LATENT_STD, dtype=torch.float64)
+    mean = torch.tensor(LATENT.mean, dtype=torch.float64)
+    std = torch.tensor(LATENT.std, dtype=torch.float64)
     to_mu = std[:, None] * to_unit
     to_features = torch.linalg.inv(to_mu)
     tensors["conv1.weight"][:FEATURES, :FEATURES, 0, 0, 0] = to_mu

@@ -23,11 +23,9 @@ ANCHORS = (_DIT_ANCHOR, _VAE_ANCHOR, _T5_ANCHOR, _T5_HF_ANCHOR)
 
 # Relatives that share Wan's names but need further modules.
 _RELATIVES = {
-    "vace_patch_embedding.weight": "Wan VACE", "control_adapter.conv.weight": "Wan camera control",
-    "ref_conv.weight": "Wan Fun-Control with reference", "face_adapter.fuser_blocks.0.linear1_kv.weight": "Wan Animate",
-    "patch_embedding_pose.weight": "Wan pose control", "audio_proj.audio_proj_glob_1.layer.weight": "Wan speech-to-video",
+    "vace_": "Wan VACE", "control_adapter.": "Wan camera control", "ref_conv.": "Wan Fun-Control with reference",
+    "face_adapter.": "Wan Animate", "patch_embedding_": "Wan pose control", "audio_proj.": "Wan speech-to-video",
 }  # fmt: skip
-_RELATIVE_PREFIXES = ("vace_", "control_adapter.", "ref_conv.", "face_adapter.", "audio_proj.", "patch_embedding_")
 
 _T5_OFFICIAL = KeyMap((
     ("token_embedding.weight", "encoder.embed_tokens.weight"),
@@ -61,12 +59,9 @@ def _depth(shapes: Shapes, stem: str) -> int:
 
 
 def _dit(shapes: Shapes) -> Part:
-    for name in shapes:
-        if name.startswith(_RELATIVE_PREFIXES):
-            what = next(
-                (title for key, title in _RELATIVES.items() if key in shapes), f"a relative of Wan with '{name}'"
-            )
-            raise ValueError(f"this is {what}, which is not supported. Supported: Wan 2.1 and 2.2 transformers.")
+    for prefix, title in _RELATIVES.items():
+        if any(name.startswith(prefix) for name in shapes):
+            raise ValueError(f"this is {title}, which is not supported. Supported: Wan 2.1 and 2.2 transformers.")
     dim, in_channels = shapes["patch_embedding.weight"][:2]
     clip = "img_emb.proj.1.weight" in shapes
     config = WanConfig(
