@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .caching import CacheLatents, CacheText
-from .data import DatasetFolder, DatasetTOML
+from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .loaders import LoadDiT, LoadT5, LoadVAE
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .sampling import CFGSkip, Decode, EmptyLatent, EncodeText, FlowSchedule, Sample
@@ -19,7 +19,7 @@ from .training import Train
 
 NODES: list[type[io.ComfyNode]] = [
     LoadDiT, LoadVAE, LoadT5,
-    DatasetFolder, DatasetTOML,
+    DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, MemorySettingsNode,
     SaveSettingsNode, Train,

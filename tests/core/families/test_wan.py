@@ -158,7 +158,7 @@ def test_the_text_encoder_loads_with_its_tokenizer_inside_or_beside_it(suffix, t
     assert short[text.STATES].shape[0] < long[text.STATES].shape[0]
     (alone,) = encoder.encode(["a cat"])
     torch.testing.assert_close(short[text.STATES], alone[text.STATES], rtol=1e-4, atol=1e-5)
-    assert encoder.too_long("a cat") == 0 and encoder.too_long("cat " * 600) > 0
+    assert encoder.tokenizer.too_long("a cat") == 0 and encoder.tokenizer.too_long("cat " * 600) > 0
 
 
 def test_a_text_encoder_without_a_tokenizer_says_where_to_put_it(tmp_path):
