@@ -84,7 +84,11 @@ def _copies(items: Iterable[Item]) -> list[str]:
             continue
         if str(item.source) not in names:
             names.append(str(item.source))
-    return [f"the same content: {', '.join(names)}" for names in by_content.values() if len(names) > 1]
+    return [f"the same content: {_some(names)}" for names in by_content.values() if len(names) > 1]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _captions(items: Sequence[Item], tokenizer: Tokenizer) -> list[str]:
