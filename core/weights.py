@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from .io import safetensors, torch_file
 from .io.safetensors import TensorInfo
 from .keymap import KeyMap
+from .modules.quantized import FP8, Stored, Storing, restored
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # A scaled fp8 weight is stored beside the factor that restores it (facts of the format: W = fp8 * scale).
 _SCALES = ("scale_weight", "weight_scale")
 _NO_WEIGHTS = ("scaled_fp8", "spiece_model", "tokenizer", "tokenizer_json")
@@ -49,18 +50,25 @@ class Checkpoint:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One weight on the CPU, fp8 scales applied; in `dtype`, or as it is stored."""
+        stored = self.read_stored(name)
+        if stored.scale is not None:
+            return restored(*stored, dtype or torch.bfloat16)
+        return stored.weight if dtype is None else stored.weight.to(dtype)
+
+    def read_stored(self, name: str) -> Stored:
+        """One weight on the CPU as it is stored, and its fp8 scale."""
         full = self.prefix + name
         value = self._read(full)
-        if value.dtype in _FP8:
-            layer = full.removesuffix("weight")
-            scale = next((self._read(layer + s) for s in _SCALES if layer + s in self._all), None)
-            if scale is not None:
-                if scale.numel() not in (1, value.shape[0]):
-                    raise ValueError(f"{self.path.name}: '{name}' has fp8 scales of shape {tuple(scale.shape)}, which cannot be "
-                                     "read. Use the 16-bit version of the model.")  # fmt: skip
-                value = value.float() * scale.float().reshape(-1, *[1] * (value.ndim - 1))
-                return value.to(dtype or torch.bfloat16)
-        return value if dtype is None else value.to(dtype)
+        layer = full.removesuffix("weight")
+        scale = next((self._read(layer + s) for s in _SCALES if layer + s in self._all), None)
+        if scale is None or value.dtype not in FP8:
+            return Stored(value)
+        if scale.numel() not in (1, value.shape[0]):
+            raise ValueError(
+                f"{self.path.name}: '{name}' has fp8 scales of shape {tuple(scale.shape)}, which cannot be read. "
+                "Use the 16-bit version of the model."
+            )
+        return Stored(value, scale.float().reshape(-1, *[1] * (value.ndim - 1)))
 
 
 def _is_weight(name: str) -> bool:
@@ -116,22 +124,34 @@ def load_into(
     checkpoint: Checkpoint,
     keymap: KeyMap,
     dtype: torch.dtype | Callable[[str], torch.dtype],
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Callable[[str], torch.device | str] = "cpu",
+    stored: Mapping[str, Storing] = MappingProxyType({}),
 ) -> nn.Module:
     """Fill a module that was built on the meta device, one tensor at a time; frozen, in inference behaviour.
 
-    `dtype` is one for all, or chosen by the parameter's name. Raises ValueError that lists what is missing, left over
-    or of another shape.
+    `dtype` and `device` are one for all, or chosen by the parameter's name. The weights named in `stored`, all of linear
+    layers, are kept as the function behind their name makes them, with their factors as buffers `weight_scale`. Raises
+    ValueError that lists what is missing, left over or of another shape.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     sources = {keymap.to_model(name): name for name in checkpoint.tensors}
     check_names(wanted, {name: checkpoint.tensors[source].shape for name, source in sources.items()}, checkpoint.path)
-    state = {}
+    state, scales = {}, {}
     for name in wanted:
         target = dtype(name) if callable(dtype) else dtype
-        state[name] = checkpoint.read(sources[name], target).to(device)
+        home = device(name) if callable(device) else device
+        if name in stored:
+            state[name], scales[name] = stored[name](Stored(*_moved(checkpoint.read_stored(sources[name]), home)))
+        else:
+            state[name] = checkpoint.read(sources[name], target).to(home)
     module.load_state_dict(state, strict=True, assign=True)
+    for name, scale in scales.items():
+        module.get_submodule(name.removesuffix(".weight")).register_buffer("weight_scale", scale)
     return module.requires_grad_(False).train(False)
+
+
+def _moved(stored: Stored, device: torch.device | str) -> Iterator[Tensor | None]:
+    return (part if part is None else part.to(device) for part in stored)
 
 
 def check_names(wanted: Mapping[str, tuple], found: Mapping[str, tuple], path: Path) -> None:

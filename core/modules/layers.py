@@ -8,16 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .quantized import frozen_linear
+
 
 class Linear(nn.Linear):
-    """A frozen linear layer with room for one adapter, which adds its share to the output."""
+    """A linear layer with room for one adapter, which adds its share to the output.
+
+    A frozen weight may be stored in fewer bits (see `quantized.py`); `weight_scale` is its factor, if it has one.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
+        self.register_buffer("weight_scale", None)
         self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        if self.weight.requires_grad:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = frozen_linear(x, self.weight, self.weight_scale, self.bias)
         return y if self.adapter is None else self.adapter(x, y)
 
 
