@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .keymap import IDENTITY, KeyMap
+from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
 from .weights import Checkpoint
 
@@ -120,7 +121,7 @@ class Family:
     vae_elements    values the VAE holds at a time per pixel of a frame, to ask for enough memory
     load_tokenizer  checkpoint of a text encoder -> Tokenizer
     text_states     names of the states that its text encoder gives
-    load_text       (checkpoint, part, dtype) -> TextEncoder, on the CPU
+    load_text       (checkpoint, part, dtype, storing of its large weights or None) -> TextEncoder, on the CPU
     conditions      one TextStates per sample -> keyword arguments of the transformer
     to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
     from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
@@ -143,7 +144,7 @@ class Family:
     vae_elements: int
     load_tokenizer: Callable[[Checkpoint], Tokenizer]
     text_states: tuple[str, ...]
-    load_text: Callable[[Checkpoint, Part, torch.dtype], TextEncoder]
+    load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
     conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
     to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]
     from_comfyui: Callable[[Tensor, Mapping[str, Any]], TextStates]

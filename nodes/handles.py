@@ -22,6 +22,7 @@ from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant
 from ..core.io.files import digest, fingerprint
 from ..core.lora.inventory import Matrix, inventory
 from ..core.lora.stack import LoadedLoRA, StackEntry, load_stack
+from ..core.modules.quantized import STORINGS
 from ..core.modules.tiling import TiledVAE
 from ..core.shapes import VideoSize
 from ..core.weights import load_into, shards
@@ -42,6 +43,7 @@ Stack = io.Custom("VIDEOLORA_LORAS")
 ScheduleType = io.Custom("VIDEOLORA_SCHEDULE")
 
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
+FP8_PRECISIONS = ("fp8", "fp8_scaled")  # of weights alone; they are restored to compute with
 _BYTES_PER_ACTIVATION = 24  # of a token's width: residual, query, key, value, attention output and their copies
 
 
@@ -96,12 +98,15 @@ class ModelFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(mm.get_torch_device()) if self.precision == "auto" else getattr(torch, self.precision)
+        if self.precision in ("auto", *FP8_PRECISIONS):
+            return compute_dtype(mm.get_torch_device())
+        return getattr(torch, self.precision)
 
     @functools.cached_property
     def identity(self) -> str:
         """Stands for the file's content and the precision it is used in."""
-        return digest([[fingerprint(path) for path in shards(self.path)], str(self.dtype)])
+        stored = [self.precision] if self.precision in FP8_PRECISIONS else []
+        return digest([[fingerprint(path) for path in shards(self.path)], str(self.dtype), *stored])
 
     def _module(self, kind: Kind, build: Callable[[Any], torch.nn.Module]) -> torch.nn.Module:
         """The weights, read into a module on the CPU."""
@@ -136,7 +141,8 @@ class TextEncoderFile(ModelFile):
     def load(self) -> TextEncoder:
         """The text encoder on the compute device, or on the CPU when it is larger than the device's memory."""
         if self.slot.encoder is None:
-            self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype)
+            storing = STORINGS[self.precision] if self.precision in FP8_PRECISIONS else None
+            self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype, storing)
         model, device = self.slot.encoder.model, mm.get_torch_device()
         fits = sum(parameter.nbytes for parameter in model.parameters()) < 0.9 * mm.get_total_memory(device)
         self.slot.on_device(lambda: model, memory=0, device=device if fits else torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class LoadVAE(io.ComfyNode):
             description="Opens the VAE that belongs to the transformer.",
             inputs=[
                 io.Combo.Input("model", options=paths.model_files("vae"), tooltip="A file in ComfyUI's models/vae."),
-                _precision("VAE"),
+                _precision("VAE", handles.PRECISIONS),
                 io.Int.Input("tile_size", default=0, min=0, max=2048, step=32, optional=True, advanced=True,
                              tooltip="Work on tiles of so many pixels when frames are too large for the memory: 256 needs a "
                              "tenth of 832x480. 0: whole frames, which is exact. Caches made with tiles are made again "
@@ -106,7 +106,8 @@ class LoadT5(io.ComfyNode):
                 io.Combo.Input("model", options=paths.model_files("text_encoders"),
                                tooltip="A file in ComfyUI's models/text_encoders. ComfyUI's umt5_xxl files carry their "
                                "tokenizer; for the official .pth put google/umt5-xxl's spiece.model beside it."),
-                _precision("text encoder"),
+                _precision("text encoder", (*handles.PRECISIONS, *handles.FP8_PRECISIONS), " fp8: half the memory, fp8_scaled "
+                           "with a scale per row is closer to the original."),
             ],
             outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
         )  # fmt: skip
@@ -125,9 +126,9 @@ class LoadT5(io.ComfyNode):
         return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
 
 
-def _precision(what: str) -> io.Combo.Input:
-    return io.Combo.Input("precision", options=list(handles.PRECISIONS), default="auto", optional=True, advanced=True,
-                          tooltip=f"Precision of the {what}. auto: bfloat16 where the device has it.")  # fmt: skip
+def _precision(what: str, options: Sequence[str], more: str = "") -> io.Combo.Input:
+    return io.Combo.Input("precision", options=list(options), default="auto", optional=True, advanced=True,
+                          tooltip=f"Precision of the {what}. auto: bfloat16 where the device has it.{more}")  # fmt: skip
 
 
 def _checked(opening: Callable[[Path, Any], object], folder: str, name: str | None, what: Any) -> bool | str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...family import Part, TextStates
+from ...modules.quantized import Storing, linear_weights, restore_on_call
 from ...weights import Checkpoint, load_into
 from .dit import TEXT_TOKENS
 
@@ -104,12 +105,14 @@ def build(config: UMT5Config) -> torch.nn.Module:
     return torch.nn.ModuleDict({"encoder": model.encoder})  # not `model`, which names its embedding twice
 
 
-def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> UMT5:
-    """Load weights and tokenizer, on the CPU."""
+def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype, storing: Storing | None = None) -> UMT5:
+    """Load weights and tokenizer, on the CPU; the weights of linear layers as `storing` keeps them."""
     tokenizer = Tokenizer(checkpoint)
     with torch.device("meta"):
         model = build(part.config)
-    return UMT5(load_into(model, checkpoint, part.keymap, dtype), tokenizer)
+    stored = dict.fromkeys(linear_weights(model), storing) if storing else {}
+    load_into(model, checkpoint, part.keymap, dtype, stored=stored)
+    return UMT5(restore_on_call(model), tokenizer)
 
 
 def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
