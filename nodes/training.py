@@ -20,7 +20,6 @@ from ..core.lora.stack import StackEntry
 from ..core.training import run as runs
 from ..core.training.job import (
     Job,
-    TimestepSettings,
     TrainingItem,
     TrainingSet,
 )
@@ -89,7 +88,6 @@ class Train(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache, name: str, steps: int,
                 seed: int, loraid: Loraid | None = None, **settings: Any) -> io.NodeOutput:  # fmt: skip
-        settings.setdefault("timesteps", TimestepSettings(shift=dit.variant.training_shift))
         target = paths.output_file("loras", name)
         job = Job(
             name=str(target.relative_to(paths.output_folder("loras")).with_suffix("").as_posix()),

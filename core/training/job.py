@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..io.files import digest, read_json
 from ..lora.loraid import Loraid
-from .timesteps import SAMPLINGS
+from .timesteps import TimestepSettings
 
 VERSION = 1
 BASE_PRECISIONS = ("auto", "bfloat16", "float32")
@@ -52,22 +52,6 @@ class OptimizerSettings:
             self.gradient_accumulation >= 1, f"gradient accumulation is {self.gradient_accumulation}: use 1 or more."
         )
         _require(self.max_grad_norm >= 0, f"max gradient norm is {self.max_grad_norm}: use 1.0, or 0 for no limit.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimestepSettings:
-    """How noise levels are drawn; see `timesteps.py`."""
-
-    sampling: str = "shift"
-    shift: float = 3.0
-    sigmoid_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require(self.sampling in SAMPLINGS, f"timestep sampling '{self.sampling}': use one of {', '.join(SAMPLINGS)}.")
-        _require(0 < self.shift <= 100, f"flow shift is {self.shift}: use a number above 0 (3 is a good start).")
-        _require(
-            0 < self.sigmoid_scale <= 100, f"sigmoid scale is {self.sigmoid_scale}: use a number above 0, usually 1."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flow import model_time
 from .batches import Batch
 from .job import OptimizerSettings
+from .loss import weighted_error
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def train_step(
 
 
 def flow_loss(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Mean squared error of the predicted velocity (flow matching, arXiv 2210.02747)."""
+    """The weighted error of the predicted velocity."""
     conditions = {name: value.to(device, non_blocking=True) for name, value in batch.conditions.items()}
-    latents, target, sigma = (x.to(device, non_blocking=True) for x in (batch.latents, batch.target, batch.sigma))
-    return F.mse_loss(dit(latents, model_time(sigma), **conditions).float(), target)
+    latents, target, sigma, weight = (
+        x.to(device, non_blocking=True) for x in (batch.latents, batch.target, batch.sigma, batch.weight)
+    )
+    return weighted_error(dit(latents, model_time(sigma), **conditions), target, weight)

@@ -34,7 +34,6 @@ from videolora.core.training.job import (
     read_job,
 )
 from videolora.core.training.run import Run
-from videolora.core.training.timesteps import SAMPLINGS
 
 WAN = FAMILIES["wan"]
 CORE = Path(__file__).resolve().parents[3] / "core"
@@ -264,27 +263,11 @@ def test_a_job_survives_its_file(made, tmp_path):
     [(OptimizerSettings, {"learning_rate": -1e-4}), (OptimizerSettings, {"learning_rate": float("nan")}),
      (OptimizerSettings, {"learning_rate": float("inf")}), (OptimizerSettings, {"gradient_accumulation": 0}),
      (NetworkSettings, {"rank": 0}), (NetworkSettings, {"alpha": 0.0}), (TimestepSettings, {"sampling": "magic"}),
-     (TimestepSettings, {"shift": 0.0}), (MemorySettings, {"precision": "float16"}), (SaveSettings, {"every_steps": -1})],
+     (MemorySettings, {"precision": "float16"}), (SaveSettings, {"every_steps": -1})],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_with_advice(settings, wrong):
     with pytest.raises(ValueError, match="use"):
         settings(**wrong)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_timesteps_stay_in_range_and_follow_from_the_generator(sampling):
-    settings = TimestepSettings(sampling=sampling, shift=5.0)
-    draw = lambda: SAMPLINGS[sampling](4096, settings, torch.Generator().manual_seed(1))  # noqa: E731
-    sigma = draw()
-    assert torch.equal(sigma, draw())
-    assert sigma.min() >= 0 and sigma.max() <= 1
-
-
-def test_the_shift_moves_timesteps_as_its_formula_says():
-    plain, moved = (
-        SAMPLINGS["shift"](9, TimestepSettings(shift=shift), torch.Generator().manual_seed(1)) for shift in (1.0, 3.0)
-    )
-    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
 
 
 def test_an_epoch_holds_every_item_as_often_as_asked_and_never_mixes_sizes(made):
