@@ -35,6 +35,9 @@ def epoch(datasets: Sequence[TrainingSet], seed: int, number: int) -> list[tuple
     return batches
 
 
+_EVEN = torch.ones(1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass: noisy latents and target velocity (B, C, F, H, W), sigma (B,), the transformer's conditions, the
@@ -44,7 +47,7 @@ class Batch:
     target: Tensor
     sigma: Tensor
     conditions: dict[str, Tensor]
-    weight: Tensor = torch.ones(1)
+    weight: Tensor = _EVEN
     seed: int = 0
 
 

@@ -7,7 +7,6 @@ out evenly (see `batches.py`) give draws that are spread as the distribution is.
 from __future__ import annotations
 
 import math
-from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ def _inverse(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     return high
 
 
-class Distribution(ABC):
+class Distribution:
     """A kind states one of the two functions, or both; the one it leaves out is found by halving."""
 
     def cdf(self, sigma: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ..io.files import digest, read_json
 from ..lora.loraid import Loraid
+from ..lora.network import NetworkSettings
 from .timesteps import TimestepSettings
 
 VERSION = 1
@@ -19,18 +20,6 @@ FILE_PRECISIONS = ("bfloat16", "float16", "float32")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkSettings:
-    """The adapter: delta = alpha / rank * up @ down."""
-
-    rank: int = 16
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"LoRA rank is {self.rank}: use 1 or more (16 is a good start).")
-        _require(0 < self.alpha < math.inf, f"LoRA alpha is {self.alpha}: use a number above 0, such as the rank.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +108,9 @@ class Job:
     steps: int
     seed: int
     loraid: Loraid | None = None
-    network: NetworkSettings = NetworkSettings()
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     optimizer: OptimizerSettings = OptimizerSettings()
-    timesteps: TimestepSettings = TimestepSettings()
+    timesteps: TimestepSettings = field(default_factory=TimestepSettings)
     memory: MemorySettings = MemorySettings()
     save: SaveSettings = SaveSettings()
     version: int = VERSION
@@ -141,6 +130,7 @@ class Job:
         for name in ("output_folder", "dit", "save"):
             del values[name]
         del values["memory"]["gradient_checkpointing"]
+        del values["network"]["start_from"]
         for dataset in values["datasets"]:
             dataset["items"] = [[item["size"], item["fingerprints"]] for item in dataset["items"]]
         return digest(values)

@@ -19,7 +19,7 @@ from ..family import Family
 from ..io.files import atomic, fingerprint
 from ..lora import files, loraid
 from ..lora.adapter import LoRA, attached, untrained_adapters
-from ..lora.files import Factors
+from ..lora.factors import factors_of
 from ..lora.inventory import Matrix, inventory
 from ..prefetch import prefetched
 from ..weights import load_into
@@ -205,9 +205,7 @@ class _Writer:
         dtype = getattr(torch, self.job.save.precision)
         factors = {}
         for name, adapter in self.adapters.items():
-            up = torch.zeros(self.rows[name], adapter.up.shape[1])  # rows of others stay zero: any loader can read it
-            up[adapter.rows[0] : adapter.rows[1]] = adapter.up.detach().cpu()
-            factors[name] = Factors(adapter.down.detach().cpu().to(dtype), up.to(dtype), self.job.network.alpha)
+            factors[name] = factors_of(adapter, self.rows[name], self.job.network.alpha).to(dtype)
         files.save(self.run.lora_path(step), factors, self._lora_metadata(step))
 
     def _lora_metadata(self, step: int) -> dict[str, str]:
