@@ -5,6 +5,7 @@ Each kind says which rows it touches, adds its delta to a band of rows, and make
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -225,5 +226,5 @@ _OF: Mapping[type[Adapter], type[Factors]] = {LoRA: LoRAFactors, LoHa: LoHaFacto
 
 @torch.no_grad()
 def factors_of(adapter: Adapter, outputs: int, alpha: float) -> Factors:
-    """What a file holds of a trained adapter on a matrix with so many rows."""
-    return _OF[type(adapter)].of(adapter, outputs, alpha)
+    """What a file holds of a trained adapter on a matrix with so many rows: a copy, on the CPU."""
+    return _OF[type(adapter)].of(copy.deepcopy(adapter).cpu().requires_grad_(False), outputs, alpha)

@@ -162,4 +162,7 @@ def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str]
         stem = _STEM + name.replace(".", "_")
         tensors[f"{stem}.alpha"] = torch.tensor(factor.alpha)  # float32: rounded, it would scale what was trained
         tensors |= {f"{stem}.{_WRITTEN.get(role, role)}": value for role, value in factor.tensors().items()}
-    safetensors.save(path, tensors, {**metadata, "videolora_hash": safetensors.sha256_of_tensors(tensors)})
+    trained = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    model, legacy = safetensors.model_hashes(tensors, trained)
+    hashes = {"sshs_model_hash": model, "sshs_legacy_hash": legacy}
+    safetensors.save(path, tensors, {**metadata, **hashes, "videolora_hash": safetensors.sha256_of_tensors(tensors)})

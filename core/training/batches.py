@@ -79,9 +79,13 @@ def _order(job: Job, skip: int) -> Iterator[tuple[int, tuple[TrainingItem, ...]]
         number, skip = number + 1, 0
 
 
-def steps_per_epoch(job: Job) -> int:
-    """Optimizer steps that see all data once (rounded up)."""
-    return -(-len(epoch(job.datasets, job.seed, 0)) // job.optimizer.gradient_accumulation)
+def batches_per_epoch(job: Job) -> int:
+    return len(epoch(job.datasets, job.seed, 0))
+
+
+def epoch_of(step: int, job: Job, per_epoch: int) -> int:
+    """The epoch (from 1) that `step` (from 1) ends in, of `per_epoch` batches."""
+    return -(-step * job.optimizer.gradient_accumulation // per_epoch)
 
 
 def make_batch(job: Job, family: Family, before: int, items: Sequence[TrainingItem], seed: int) -> Batch:

@@ -72,13 +72,10 @@ class Sampling:
     recommended: bool = False
     shift_at: tuple[tuple[float, float], tuple[float, float]] | None = None
 
-    def shift(self, settings: TimestepSettings, recommended: float, tokens: int) -> float:
-        if self.shift_at:
-            (x0, y0), (x1, y1) = self.shift_at
-            return math.exp(y0 + (tokens - x0) * (y1 - y0) / (x1 - x0))
-        if settings.shift == RECOMMENDED:
-            return recommended if self.recommended else 1.0
-        return settings.shift
+    def shift_of(self, tokens: int) -> float:
+        """The flow shift for a frame of so many tokens, when it depends on them."""
+        (x0, y0), (x1, y1) = self.shift_at
+        return math.exp(y0 + (tokens - x0) * (y1 - y0) / (x1 - x0))
 
 
 _FLUX, _QWEN = ((256, 0.5), (4096, 1.15)), ((256, 0.5), (8192, 0.9))
@@ -151,6 +148,15 @@ class TimestepSettings:
         require(-1 <= self.mode_scale <= 1.75, f"mode scale is {self.mode_scale}: use -1 to 1.75, usually 1.29.")
         self._refuse_unused()
 
+    def shift_for(self, recommended: float) -> float | None:
+        """The flow shift for a model with this recommendation; None when it depends on the video's size."""
+        sampling = SAMPLINGS[self.sampling]
+        if sampling.shift_at:
+            return None
+        if self.shift == RECOMMENDED:
+            return recommended if sampling.recommended else 1.0
+        return self.shift
+
     def _refuse_unused(self) -> None:
         used = set(SAMPLINGS[self.sampling].uses)
         if self.sampling == "sigma":
@@ -172,7 +178,8 @@ def distribution(settings: TimestepSettings, recommended_shift: float, tokens: i
     Raises ValueError when the sampling makes nothing in the range.
     """
     sampling = SAMPLINGS[settings.sampling]
-    whole = sampling.make(settings, sampling.shift(settings, recommended_shift, tokens))
+    shift = settings.shift_for(recommended_shift)
+    whole = sampling.make(settings, sampling.shift_of(tokens) if shift is None else shift)
     low, high = settings.min_timestep / 1000, settings.max_timestep / 1000
     if (low, high) == (0, 1):
         return whole
