@@ -60,14 +60,19 @@ class NetworkSettings:
             self.kind != "loha" or self.rank <= _MOST_LOHA_RANK,
             f"LoHa rank is {self.rank}: use {_MOST_LOHA_RANK} or less; LoHa reaches the square of its rank (8 is a good start).",
         )
-        require(self.factor == -1 or self.factor >= 1, f"LoKr factor is {self.factor}: use -1 (automatic), or 1 or more.")
+        require(
+            self.factor == -1 or self.factor >= 1, f"LoKr factor is {self.factor}: use -1 (automatic), or 1 or more."
+        )
         require(self.kind == "lokr" or self.factor == -1, f"'{self.kind}' has no factor, only lokr has: set it to -1.")
         for name in ("dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} is {value}: use 0 (off) or a little more (0.1), less than 1.")
         ratio = self.loraplus_lr_ratio
         require(0 < ratio <= 1000, f"LoRA+ ratio is {ratio}: use 1 (off), or 4 to 16.")
-        require(self.kind == "lora" or ratio == 1, f"'{self.kind}' has no up matrix, which LoRA+ is for: set its ratio to 1.")
+        require(
+            self.kind == "lora" or ratio == 1,
+            f"'{self.kind}' has no up matrix, which LoRA+ is for: set its ratio to 1.",
+        )
         require(0 <= self.max_norm < math.inf, f"max norm is {self.max_norm}: use 0 (off), or 1 or so.")
         for pattern in (*self.include, *self.exclude):
             try:
@@ -150,7 +155,9 @@ def _start(
 @torch.no_grad()
 def _copy(adapter: Adapter, factors: Factors, settings: NetworkSettings) -> None:
     if factors.kind != settings.kind:
-        raise ValueError(f"it is a {factors.kind}, and a {settings.kind} is to be trained. Set the kind to {factors.kind}.")
+        raise ValueError(
+            f"it is a {factors.kind}, and a {settings.kind} is to be trained. Set the kind to {factors.kind}."
+        )
     (start, stop), (first, last) = adapter.rows, factors.touched
     if first < last and not (start <= first and last <= stop):
         raise ValueError(f"it changes rows {first} to {last - 1}, and rows {start} to {stop - 1} are to be trained.")

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-_LEAST_SIGMA = 0.001  # the lowest of a discrete schedule's 1000 timesteps; nearer to 0 a weight of sigma^-2 has no bound
+_LEAST_SIGMA = (
+    0.001  # the lowest of a discrete schedule's 1000 timesteps; nearer to 0 a weight of sigma^-2 has no bound
+)
 
 
 def _none(sigma: Tensor) -> Tensor:

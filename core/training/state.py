@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,9 +20,7 @@ log = logging.getLogger("videolora.training")
 _KEPT = 2  # states: the newest, and the one before in case its disk dies with it
 
 
-def save_state(
-    run: Run, step: int, adapters: Mapping[str, Adapter], optimizer: Optimizer, job_digest: str
-) -> None:
+def save_state(run: Run, step: int, adapters: Mapping[str, Adapter], optimizer: Optimizer, job_digest: str) -> None:
     """Write the state after `step` and remove older ones."""
     tensors = {f"adapter/{name}/{role}": value for name, role, value in _parts(adapters)}
     gathered, rest = state_of(optimizer)

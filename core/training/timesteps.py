@@ -119,8 +119,8 @@ class TimestepSettings:
     sampling: str = "shift"
     shift: float = RECOMMENDED
     sigmoid_scale: float = 1.0
-    min_timestep: float = 0.0
-    max_timestep: float = 1000.0
+    min_timestep: int = 0
+    max_timestep: int = 1000
     preserve_distribution_shape: bool = False
     buckets: int = 0
     weighting: str = "none"
@@ -137,10 +137,10 @@ class TimestepSettings:
         require(
             0 <= low < high <= 1000, f"timesteps {low:g} to {high:g}: use a range inside 0 to 1000, the smaller first."
         )
-        require(0 <= self.shift <= 100, f"flow shift is {self.shift}: use 0 for the model's own, or a number up to 100.")
         require(
-            0.1 <= self.sigmoid_scale <= 100, f"sigmoid scale is {self.sigmoid_scale}: use 0.1 to 100, usually 1."
+            0 <= self.shift <= 100, f"flow shift is {self.shift}: use 0 for the model's own, or a number up to 100."
         )
+        require(0.1 <= self.sigmoid_scale <= 100, f"sigmoid scale is {self.sigmoid_scale}: use 0.1 to 100, usually 1.")
         require(0 <= self.buckets <= 1000, f"timestep buckets is {self.buckets}: use 0 (off) or 2 to 1000.")
         require(-10 <= self.logit_mean <= 10, f"logit mean is {self.logit_mean}: use -10 to 10, usually 0.")
         require(0.1 <= self.logit_std <= 10, f"logit std is {self.logit_std}: use 0.1 to 10, usually 1.")

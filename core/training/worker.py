@@ -145,9 +145,7 @@ def _load_dit(
     return dit, inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
 
 
-def _share(
-    job: Job, family: Family, matrices: list[Matrix]
-) -> tuple[dict[str, loraid.Rows], loraid.Allocation | None]:
+def _share(job: Job, family: Family, matrices: list[Matrix]) -> tuple[dict[str, loraid.Rows], loraid.Allocation | None]:
     """The rows to train: of a LORAID's share or the whole model, what the patterns choose."""
     rows, allocation = {matrix.name: (0, matrix.rows) for matrix in matrices}, None
     if job.loraid is not None:

@@ -142,5 +142,5 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(name, monkeypatch
 
 
 def test_an_argument_that_a_package_refuses_is_an_error_before_training():
-    with pytest.raises(ValueError, match="AdamW does not work on cpu here .*or use adamw"):
+    with pytest.raises(ValueError, match=r"AdamW does not work on cpu here .*or use adamw"):
         make_optimizer(problem(), OptimizerSettings(arguments="betas=[2,0.99]"))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from videolora.core.training import batches
+from videolora.core.training import batches, chart
 from videolora.core.training.job import TimestepSettings
 from videolora.core.training.loss import WEIGHTINGS, weighted_error
 from videolora.core.training.timesteps import SAMPLINGS, distribution, draw
@@ -96,7 +96,9 @@ def test_draws_have_the_quantiles_of_their_formula(name):
 def test_no_draw_leaves_the_range(name, given, preserve):
     settings, _ = FORMULAS[name]
     low, high = given
-    timesteps = 1000 * drawn(count=20_000, min_timestep=low, max_timestep=high, preserve_distribution_shape=preserve, **settings)
+    timesteps = 1000 * drawn(
+        count=20_000, min_timestep=low, max_timestep=high, preserve_distribution_shape=preserve, **settings
+    )
     assert timesteps.min() >= low - 1e-4 and timesteps.max() <= high + 1e-4
 
 
@@ -187,3 +189,26 @@ def test_the_loss_weighs_each_sample():
     found = weighted_error(predicted, target, torch.tensor([2.0, 0.5]))
     torch.testing.assert_close(found, (2 * error[0] + 0.5 * error[1]) / 2)
     torch.testing.assert_close(weighted_error(predicted, target, torch.ones(2)), ((predicted - target) ** 2).mean())
+
+
+def test_the_picture_shows_the_range_and_the_report_the_shares():
+    settings = TimestepSettings(sampling="uniform", max_timestep=500, weighting="cosmap")
+    picture, report = chart.show(settings, 3.0, TOKENS, "832x480")
+    assert picture.mode == "RGB" and picture.size == (1280, 860)
+    row = [picture.getpixel((x, 480)) for x in range(120, 1220)]
+    bars = [red < 100 and blue > 150 for red, _, blue in row]
+    assert sum(bars[:540]) > 400 and not any(bars[560:]), "bars up to 500, none above"
+    lines = report.splitlines()
+    assert lines[1] == "flow shift 1, pressed into 0 to 500, 200,000 draws"
+    shares = [float(line.split()[3]) for line in lines if " to " in line and line.endswith("%")]
+    assert shares == pytest.approx([20] * 5 + [0] * 5, abs=0.5)
+    assert "5 / 25 / 50 / 75 / 95 % of draws below 25, 125, 250, 375, 475" in report
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_setting_can_be_drawn(name, weighting, monkeypatch):
+    monkeypatch.setattr(chart, "DRAWS", 1000)
+    settings = TimestepSettings(weighting=weighting, **FORMULAS[name][0])
+    picture, report = chart.show(settings, 3.0, TOKENS, "832x480")
+    assert picture.size == (1280, 860) and f"loss weights: {weighting}" in report

@@ -213,7 +213,14 @@ def test_a_run_goes_on_from_a_lora_and_says_so(made, tmp_path):
     assert work(Run.of(first, tmp_path / "runs")) == 0
     start = str(first.final_path)
     network = NetworkSettings(rank=4, alpha=4.0, start_from=start, start_fingerprint=fingerprint(first.final_path))
-    second = job(made, tmp_path / "second", name="second", steps=1, network=network, optimizer=OptimizerSettings(learning_rate=1e-7))
+    second = job(
+        made,
+        tmp_path / "second",
+        name="second",
+        steps=1,
+        network=network,
+        optimizer=OptimizerSettings(learning_rate=1e-7),
+    )
     this = Run.of(second, tmp_path / "runs")
     assert work(this) == 0, this.status()
     before, after = load_file(first.final_path), load_file(second.final_path)
