@@ -16,6 +16,7 @@ from ..core.data.config import describe
 from ..core.io import safetensors
 from ..core.io.files import fingerprint
 from ..core.lora.loraid import Loraid, allocate
+from ..core.lora.network import read_start
 from ..core.lora.stack import StackEntry
 from ..core.training import run as runs
 from ..core.training.job import (
@@ -90,7 +91,10 @@ class Train(io.ComfyNode):
             if loraid
             else {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
         )
-        settings.get("network", NetworkSettings()).chosen(rows, (matrix.name for matrix in dit.matrices))
+        network = settings.get("network", NetworkSettings())
+        rows = network.chosen(rows, (matrix.name for matrix in dit.matrices))
+        if network.start_from:
+            read_start(network, rows, dit.matrices, dit.variant.title)
         optimizer = settings.get("optimizer", OptimizerSettings())
         optimizer.kind.check_installed()
         optimizer.check(steps)

@@ -16,6 +16,7 @@ from ..io.files import fingerprint
 from . import files
 from .adapter import KINDS, Adapter, Dropout, untrained_adapters
 from .factors import Factors
+from .files import LoRAFile
 from .inventory import Matrix
 from .loraid import Rows
 
@@ -113,22 +114,26 @@ def make_adapters(
 ) -> dict[str, Adapter]:  # fmt: skip
     """The adapters to train on a share: fresh ones, or those of the file to start from. `title` names the model.
 
-    Raises ValueError when the file does not fit the share, the kind and the rank.
+    Raises ValueError when that file does not fit.
     """
     adapters = untrained_adapters(
         dit, rows, settings.rank, settings.alpha, seed, kind=settings.kind, factor=settings.factor
     )
     if settings.start_from:
-        _start(adapters, Path(settings.start_from), settings, matrices, title)
+        file = read_start(settings, rows, matrices, title)
+        for name, adapter in adapters.items():
+            _copy(adapter, file.factors[name], f"{file.path.name}, '{name}'")
     for adapter in adapters.values():
         adapter.dropout = settings.dropouts
     return adapters
 
 
-def _start(
-    adapters: Mapping[str, Adapter], path: Path, settings: NetworkSettings, matrices: Sequence[Matrix], title: str
-) -> None:
-    """Copy the file's factors into the adapters. All or nothing: what would silently start afresh is an error."""
+def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Sequence[Matrix], title: str) -> LoRAFile:
+    """The file to start from. Raises ValueError when it does not fit the share, the kind and the rank.
+
+    All or nothing: what would silently start afresh, or be lost, is an error.
+    """
+    path = Path(settings.start_from)
     if fingerprint(path) != settings.start_fingerprint:
         raise ValueError(f"{path.name}, the LoRA to start from, was changed. Queue the training again.")
     file = files.read(path, matrices, title)
@@ -137,7 +142,7 @@ def _start(
             f"{path.name} cannot be gone on from: {len(file.unmatched)} of its keys fit no matrix of this model "
             f"({', '.join(file.unmatched[:3])}, ...)."
         )
-    missing, left = adapters.keys() - file.factors.keys(), file.factors.keys() - adapters.keys()
+    missing, left = rows.keys() - file.factors.keys(), file.factors.keys() - rows.keys()
     if missing or left:
         lists = ((missing, "it has nothing for"), (left, "these would be lost, as they are not trained here:"))
         what = "; ".join(f"{text} {len(names)} matrices such as {min(names)}" for names, text in lists if names)
@@ -145,36 +150,35 @@ def _start(
             f"{path.name} is for other matrices than are to be trained: {what}. Use the LORAID, include and exclude that it "
             "was trained with."
         )
-    for name, adapter in adapters.items():
-        try:
-            _copy(adapter, file.factors[name], settings)
-        except ValueError as error:
-            raise ValueError(f"{path.name}, '{name}': {error}") from error
+    for name, factors in file.factors.items():
+        (start, stop), (first, last) = rows[name], factors.touched
+        where = f"{path.name}, '{name}': it"
+        require(factors.kind == settings.kind, f"{where} is a {factors.kind}, and a {settings.kind} is to be trained. Set the "
+                f"kind to {factors.kind}.")  # fmt: skip
+        require(
+            factors.kind == "lokr" or factors.rank == settings.rank,
+            f"{where} is of rank {factors.rank}, and rank {settings.rank} is to be trained. Set the rank to {factors.rank}.",
+        )
+        require(
+            first == last or (start <= first and last <= stop),
+            f"{where} changes rows {first} to {last - 1}, and rows {start} to {stop - 1} are to be trained. Use its LORAID.",
+        )
+    return file
 
 
 @torch.no_grad()
-def _copy(adapter: Adapter, factors: Factors, settings: NetworkSettings) -> None:
-    if factors.kind != settings.kind:
-        raise ValueError(
-            f"it is a {factors.kind}, and a {settings.kind} is to be trained. Set the kind to {factors.kind}."
-        )
-    (start, stop), (first, last) = adapter.rows, factors.touched
-    if first < last and not (start <= first and last <= stop):
-        raise ValueError(f"it changes rows {first} to {last - 1}, and rows {start} to {stop - 1} are to be trained.")
+def _copy(adapter: Adapter, factors: Factors, where: str) -> None:
     source = factors.adapter(adapter.rows)
-    shapes, wanted = ({name: tuple(v.shape) for name, v in one.named_parameters()} for one in (source, adapter))
-    if shapes != wanted:
-        raise ValueError(
-            f"it is of rank {factors.rank}, with factors {_listed(shapes)}; to be trained are {_listed(wanted)}. Set the rank"
-            f"{' and the factor' if factors.kind == 'lokr' else ''} that it was trained with."
-        )
+    shapes, wanted = (
+        {name: " x ".join(map(str, value.shape)) for name, value in one.named_parameters()} for one in (source, adapter)
+    )
+    require(
+        shapes == wanted,
+        f"{where} has factors of {shapes}, and {wanted} are to be trained. Set the rank and factor that it was trained with.",
+    )
     adapter.load_state_dict(source.state_dict())
     # The delta stays what was trained: where the file has another alpha, one factor takes the difference up.
     next(adapter.parameters()).mul_(source.scale / adapter.scale)
-
-
-def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {rows} x {columns}" for name, (rows, columns) in shapes.items())
 
 
 def parameter_groups(adapters: Mapping[str, Adapter], settings: NetworkSettings) -> list[dict]:

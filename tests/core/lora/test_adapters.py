@@ -296,7 +296,7 @@ def test_a_file_of_another_dialect_can_be_gone_on_from(tmp_path, checkpoint, mat
 @pytest.mark.parametrize(
     ("changes", "number", "message"),
     [({"rank": 4}, 2, "it is of rank 2"), ({"kind": "loha"}, 2, "it is a lora, and a loha is to be trained"),
-     ({}, None, "other matrices|rows|rank"), ({}, 3, "it changes rows"),
+     ({}, None, "it has nothing for"), ({}, 3, "it changes rows"),
      ({"exclude": (".*ffn.*",)}, 2, "these would be lost"), ({"start_fingerprint": "x"}, 2, "was changed")],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_what_is_trained_is_an_error(changes, number, message, tmp_path, checkpoint, matrices):

@@ -129,7 +129,10 @@ def test_low_timesteps_are_little_noise():
 
 def test_more_tokens_move_the_size_dependent_samplings_towards_noise():
     for sampling in ("flux_shift", "qwen_shift", "qinglong_flux", "qinglong_qwen"):
-        assert drawn(sampling=sampling, tokens=4096).mean() > drawn(sampling=sampling, tokens=256).mean() + 0.03
+        assert (
+            drawn(sampling=sampling, tokens=4096, count=20_000).mean()
+            > drawn(sampling=sampling, tokens=256, count=20_000).mean() + 0.03
+        )
     assert math.log(FLUX) == pytest.approx(0.7207, rel=1e-3)  # as published for latents of 60 x 104
 
 
@@ -206,9 +209,9 @@ def test_the_picture_shows_the_range_and_the_report_the_shares():
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_setting_can_be_drawn(name, weighting, monkeypatch):
+def test_every_setting_can_be_drawn(name, monkeypatch):
     monkeypatch.setattr(chart, "DRAWS", 1000)
+    weighting = list(WEIGHTINGS)[len(name) % len(WEIGHTINGS)]
     settings = TimestepSettings(weighting=weighting, **FORMULAS[name][0])
     picture, report = chart.show(settings, 3.0, TOKENS, "832x480")
     assert picture.size == (1280, 860) and f"loss weights: {weighting}" in report
