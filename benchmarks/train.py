@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "devtools"))
 import pack
 
 adapter, loop, batches = (pack.load(f"core.{name}") for name in ("lora.adapter", "training.loop", "training.batches"))
-inventory, loraid, job = (pack.load(f"core.{name}") for name in ("lora.inventory", "lora.loraid", "training.job"))
+inventory, loraid = pack.load("core.lora.inventory"), pack.load("core.lora.loraid")
+job, optimizers = pack.load("core.training.job"), pack.load("core.training.optimizers")
 devices, shapes = pack.load("core.devices"), pack.load("core.shapes")
 FAMILY = pack.load("core.families").FAMILIES["wan"]
 wan = pack.load("core.families.wan.dit")
@@ -87,7 +88,7 @@ def main() -> None:
         adapters = adapter.untrained_adapters(dit, rows, args.rank, args.rank, seed=0)
         modules = torch.nn.ModuleList(adapters.values()).to(device)
         settings = job.OptimizerSettings()
-        optimizer = loop.make_optimizer(modules.parameters(), settings)
+        optimizer = optimizers.make_optimizer(modules.parameters(), settings)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with adapter.attached(dit, adapters):

@@ -13,6 +13,7 @@ from .settings import (
     OptimizerSettingsNode,
     SaveSettingsNode,
     SelectLORAID,
+    ShowTimesteps,
     TimestepSettingsNode,
 )
 from .training import Train
@@ -21,8 +22,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadDiT, LoadVAE, LoadT5,
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
-    SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, MemorySettingsNode,
-    SaveSettingsNode, Train,
+    SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
+    MemorySettingsNode, SaveSettingsNode, Train,
     EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip
