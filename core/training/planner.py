@@ -19,6 +19,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -140,6 +141,17 @@ def choose(subject: Subject, settings: MemorySettings, free: int, free_host: int
         f"this training needs {_gib(plan.device)} on {subject.device} ({plan}), and {_gib(int(_USABLE * free))} of {_gib(free)} "
         f"free memory can be used, {_gib(int(_USABLE * free_host))} on the host. {_advice(subject, settings, plan)}"
     )
+
+
+def report(subject: Subject, settings: MemorySettings, free: int, free_host: int) -> str:
+    """A line per way of saving, from the fastest on, up to the one that is chosen; what to change when none fits."""
+    try:
+        chosen = choose(subject, settings, free, free_host)
+    except ValueError as error:
+        return str(error)
+    ways = _candidates(subject, settings) if settings.mode == "auto" else iter([settings])
+    tried = takewhile(lambda way: way != chosen.settings and not way.block_swap, ways)
+    return "\n".join([*(f"too large: {predict(subject, way)}" for way in tried), f"fits: {chosen}"])
 
 
 def _candidates(subject: Subject, settings: MemorySettings) -> Iterator[MemorySettings]:

@@ -164,3 +164,13 @@ def test_attention_that_cannot_work_here_is_refused_at_the_start(name):
         load_backend(name, CPU, torch.float32, training=True)
     with pytest.raises(ValueError, match="but not train" if name == "sage" else "needs the package"):
         load_backend(name, CUDA, torch.bfloat16, training=True)
+
+
+def test_the_report_names_what_is_too_large_and_what_fits():
+    about = subject(CUDA)
+    lines = planner.report(about, MemorySettings(), GIB, GIB).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fits: precision auto, no gradient checkpointing")
+    plain = planner.predict(about, MemorySettings(mode="manual", gradient_checkpointing=False))
+    lines = planner.report(about, MemorySettings(), plain.device, GIB).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["too large", "fits"]
+    assert "Use fewer frames" in planner.report(about, MemorySettings(), 1000, GIB)
