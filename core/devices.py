@@ -22,6 +22,13 @@ def training_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device; the host's, for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def best_device() -> torch.device:
     """The accelerator of this process, else the CPU."""
     if torch.accelerator.is_available():

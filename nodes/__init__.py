@@ -6,6 +6,7 @@ from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .loaders import LoadDiT, LoadT5, LoadVAE
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
+from .planning import MemoryPlan
 from .sampling import CFGSkip, Decode, EmptyLatent, EncodeText, FlowSchedule, Sample
 from .settings import (
     MemorySettingsNode,
@@ -23,7 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
-    MemorySettingsNode, SaveSettingsNode, Train,
+    MemorySettingsNode, SaveSettingsNode, MemoryPlan, Train,
     EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip

@@ -14,11 +14,13 @@ from PIL import Image
 from ..core.io.files import fingerprint
 from ..core.lora.adapter import KINDS
 from ..core.lora.loraid import UNITS, Loraid, allocate
+from ..core.modules.attention import BACKENDS
 from ..core.shapes import VideoSize
 from ..core.training import chart
 from ..core.training.job import (
     BASE_PRECISIONS,
     FILE_PRECISIONS,
+    MEMORY_MODES,
     MemorySettings,
     NetworkSettings,
     OptimizerSettings,
@@ -319,14 +321,36 @@ class MemorySettingsNode(io.ComfyNode):
                                  tooltip="Computes activations twice instead of keeping them: a third slower, a fraction of the "
                                  "memory. Switch it off only when there is memory to spare."),
                 io.Combo.Input("precision", options=list(BASE_PRECISIONS), default=default["precision"],
-                               tooltip="Precision of the frozen model. auto: bfloat16 where the device has it."),
+                               tooltip="Precision of the frozen model. auto: fp8 where the checkpoint is, else bfloat16 (float32 on "
+                               "the CPU); with mode auto fp8_scaled when nothing else fits. fp8_scaled halves the model's memory "
+                               "and is more exact than fp8."),
+                io.Combo.Input("mode", options=list(MEMORY_MODES), default=default["mode"], optional=True,
+                               tooltip="auto: chooses checkpointing, offloading and block swap itself, the fastest that fits. "
+                               "manual: they are as set here."),
+                io.Boolean.Input("offload_checkpoints", default=default["offload_checkpoints"], optional=True,
+                                 tooltip="What checkpointing keeps waits in the computer's memory. Costs little time; for long or "
+                                 "large videos."),
+                io.Int.Input("block_swap", default=default["block_swap"], min=0, max=100, optional=True,
+                             tooltip="So many blocks of the model stay in the computer's memory and visit the card two at a time. "
+                             "More need less of the card; up to all of them."),
+                io.Combo.Input("attention", options=list(BACKENDS), default=default["attention"], optional=True,
+                               tooltip="How attention is computed. sdpa is always there; flash, flash3 and xformers need their "
+                               "packages; sage cannot train."),
+                io.Boolean.Input("compile", default=default["compile"], optional=True,
+                                 tooltip="Compiles the blocks: minutes at the start, then often 10 to 20 percent faster."),
             ],
             outputs=[handles.Memory.Output("memory", display_name="memory")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, gradient_checkpointing, precision) -> bool | str:
-        return _checked(MemorySettings, gradient_checkpointing=gradient_checkpointing, precision=precision)
+    def validate_inputs(
+        cls, gradient_checkpointing, precision, mode="auto", offload_checkpoints=False, block_swap=0, attention="sdpa",
+        compile=False,
+    ) -> bool | str:  # fmt: skip
+        return _checked(
+            MemorySettings, gradient_checkpointing=gradient_checkpointing, precision=precision, mode=mode,
+            offload_checkpoints=offload_checkpoints, block_swap=block_swap, attention=attention, compile=compile,
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..family import Family
@@ -30,6 +30,11 @@ def inventory(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Mat
             matrices += found
             index += 1
     return matrices
+
+
+def blocks_of(matrices: Sequence[Matrix]) -> list[str]:
+    """Paths of the transformer blocks that the matrices are in, in order."""
+    return list(dict.fromkeys(matrix.block for matrix in matrices))
 
 
 def _block(path: str, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:

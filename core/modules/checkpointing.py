@@ -47,10 +47,10 @@ class BlockRunner:
         """What becomes of the inputs that checkpointing saves: x is a block's own, the others all blocks share."""
         if self.offload is None:
             return nullcontext()
-        offload, pointer = self.offload, x.data_ptr()
+        offload, own = self.offload, (x.data_ptr(), x.shape)  # not x: the hooks live as long as the graph
 
         def pack(tensor: Tensor):
-            return offload.put(tensor) if tensor.data_ptr() == pointer and tensor.shape == x.shape else tensor
+            return offload.put(tensor) if (tensor.data_ptr(), tensor.shape) == own else tensor
 
         return torch.autograd.graph.saved_tensors_hooks(
             pack, lambda kept: kept if torch.is_tensor(kept) else kept.get()

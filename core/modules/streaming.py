@@ -25,6 +25,8 @@ _BUFFERS = 2  # one that is computed with, one that is filled
 
 def streamed_blocks(count: int, total: int) -> list[int]:
     """Numbers of `count` of `total` blocks, evenly spread, so that there is computation behind each copy."""
+    if count > total:
+        raise ValueError(f"block swap is {count}, and this model has {total} blocks: use {total} or fewer.")
     return [(2 * index + 1) * total // (2 * count) for index in range(count)]
 
 
@@ -32,6 +34,16 @@ def streamed_weights(block: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and values of what is streamed of a block: the weights of its linear layers."""
     layers = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, Linear)]
     return [(f"{name}.weight", layer.weight) for name, layer in layers]
+
+
+def block_bytes(block: nn.Module) -> int:
+    """Size of a streamed block's buffer."""
+    return sum(_room(weight) for _, weight in streamed_weights(block))
+
+
+def buffers_bytes(blocks: Sequence[int]) -> int:
+    """What the device buffers take for streamed blocks of these sizes."""
+    return max(blocks, default=0) * min(_BUFFERS, len(blocks))
 
 
 @dataclass(eq=False)

@@ -10,25 +10,46 @@ from ..checks import require
 from ..io.files import digest, read_json
 from ..lora.loraid import Loraid
 from ..lora.network import NetworkSettings
+from ..modules.attention import BACKENDS
 from .optimizers import OptimizerSettings
 from .timesteps import TimestepSettings
 
 VERSION = 1
-BASE_PRECISIONS = ("auto", "bfloat16", "float32")
+BASE_PRECISIONS = ("auto", "bfloat16", "float32", "float16", "fp8", "fp8_scaled")
+MEMORY_MODES = ("auto", "manual")
 FILE_PRECISIONS = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """What to trade for memory. `precision` of the frozen weights and the computation."""
+    """What to trade for memory.
+
+    mode                    auto: checkpointing, offloading, streaming and, where it is auto, precision are the fastest that
+                            fit (see `planner.py`); manual: they are as said here
+    gradient_checkpointing  activations are computed again in the backward pass
+    precision               of the frozen matrices. auto: as the checkpoint has them where that is fp8, else as the
+                            computation, which is bfloat16 (float32 on the CPU) unless bfloat16 or float32 is asked for.
+                            float16, fp8 and fp8_scaled are how they are stored: gradients in float16 would need their
+                            loss scaled, so no computation is done in it
+    offload_checkpoints     what checkpointing keeps waits in host memory
+    block_swap              blocks whose weights stay in host memory and visit the device, two at a time
+    """
 
     gradient_checkpointing: bool = True
     precision: str = "auto"
+    mode: str = "auto"
+    offload_checkpoints: bool = False
+    block_swap: int = 0
+    attention: str = "sdpa"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            self.precision in BASE_PRECISIONS, f"precision '{self.precision}': use one of {', '.join(BASE_PRECISIONS)}."
-        )
+        for title, value, allowed in (("precision", self.precision, BASE_PRECISIONS), ("mode", self.mode, MEMORY_MODES),
+                                      ("attention", self.attention, BACKENDS)):  # fmt: skip
+            require(value in allowed, f"{title} '{value}': use one of {', '.join(allowed)}.")
+        require(self.block_swap >= 0, f"block swap is {self.block_swap}: use 0 or the number of blocks to stream.")
+        require(self.mode == "auto" or self.gradient_checkpointing or not self.offload_checkpoints,
+                 "offloading needs gradient checkpointing: use both or neither.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +132,7 @@ class Job:
         values = asdict(self)
         for name in ("output_folder", "dit", "save"):
             del values[name]
-        del values["memory"]["gradient_checkpointing"]
+        values["memory"] = {"precision": self.memory.precision}
         del values["network"]["start_from"]
         for dataset in values["datasets"]:
             dataset["items"] = [[item["size"], item["fingerprints"]] for item in dataset["items"]]

@@ -5,6 +5,7 @@
     started.json         when it was first worked on
     status.json          running, stopped, finished or failed; the step reached; the error
     metrics.jsonl        one line per step
+    precision.txt        of the frozen weights, once chosen: a run that goes on must not choose another
     log.txt              what the process printed
     stop                 written to ask the process to stop after its step
     state-00000100.safetensors   everything needed to go on after step 100
@@ -65,6 +66,15 @@ class Run:
         if status["state"] == RUNNING and not self.is_alive():
             status["state"] = STOPPED
         return status
+
+    def precision(self) -> str | None:
+        """The precision that was chosen when the run began, or None."""
+        path = self.path("precision.txt")
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def keep_precision(self, precision: str) -> None:
+        with atomic(self.path("precision.txt")) as temporary:
+            temporary.write_text(precision, encoding="utf-8")
 
     def write_status(self, state: str, step: int, **details: Any) -> None:
         write_json(self.path("status.json"), {"state": state, "step": step, **details})

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 import traceback
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..devices import best_device, peak_memory, training_dtype
+from ..devices import best_device, free_memory, peak_memory
 from ..families import FAMILIES, open_part
-from ..family import Family
+from ..family import Family, Part
 from ..io.files import atomic, fingerprint
 from ..lora import files, loraid
 from ..lora.adapter import Adapter, attached
 from ..lora.factors import factors_of
-from ..lora.inventory import Matrix, inventory
+from ..lora.inventory import Matrix, blocks_of, inventory
 from ..lora.network import make_adapters, parameter_groups
+from ..modules.attention import load_backend, use_attention
+from ..modules.compiling import compile_blocks
+from ..modules.offloading import Offload
+from ..modules.streaming import BlockStream, streamed_blocks
 from ..prefetch import prefetched
-from ..weights import load_into
-from . import batches, loop, run, state
-from .job import Job
+from ..weights import Checkpoint, load_into
+from . import batches, loop, planner, run, state
+from .job import Job, MemorySettings
 from .metadata import describe
 from .optimizers import Optimizer, given_out, make_optimizer
 from .run import Run
@@ -61,10 +67,12 @@ def _failed(this: Run, error: str) -> int:
 
 
 def _train(this: Run, job: Job, device: torch.device) -> None:
-    dtype = training_dtype(device) if job.memory.precision == "auto" else getattr(torch, job.memory.precision)
     family = FAMILIES[job.family]
-    dit, matrices = _load_dit(job, family, dtype, device)
+    checkpoint, part = _open_dit(job)
+    matrices = inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
     rows, allocation = _share(job, family, matrices)
+    memory = _plan(this, job, family, checkpoint, part, matrices, rows, device)
+    dit = _load_dit(family, checkpoint, part, matrices, memory, device)
     title = family.variants[job.variant].title
     adapters = {
         name: adapter.to(device)
@@ -73,7 +81,7 @@ def _train(this: Run, job: Job, device: torch.device) -> None:
     optimizer = make_optimizer(parameter_groups(adapters, job.network), job.optimizer)
     trained = sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
     log.info("training %d matrices, %s parameters of a %s of rank %d with %s, %s on %s", len(adapters), f"{trained:,}",
-             job.network.kind, job.network.rank, job.optimizer.kind.title, str(dtype).removeprefix("torch."), device)  # fmt: skip
+             job.network.kind, job.network.rank, job.optimizer.kind.title, str(dit.dtype).removeprefix("torch."), device)  # fmt: skip
     first = state.load_state(this, adapters, optimizer, job.digest)
     if first:
         log.info("going on after step %d", first)
@@ -127,22 +135,63 @@ def _is_due(job: Job, step: int, per_epoch: int) -> bool:
     return step < job.steps and bool(ends)
 
 
-def _load_dit(
-    job: Job, family: Family, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.nn.Module, list[Matrix]]:
+def _open_dit(job: Job) -> tuple[Checkpoint, Part]:
     path = Path(job.dit)
-    checkpoint, part = open_part(path, "dit")
+    opened = open_part(path, "dit")
     if fingerprint(path) != job.dit_fingerprint:
         raise ValueError(
             f"{path} is not the checkpoint this job was made for: it was changed. Queue the training again."
         )
+    return opened
+
+
+def _plan(this: Run, job: Job, family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix],
+          rows: Mapping[str, loraid.Rows], device: torch.device) -> MemorySettings:  # fmt: skip
+    """Settings that fit, with the precision that the run began with: another one would make another LoRA."""
+    settings = replace(job.memory, precision=this.precision() or job.memory.precision)
+    largest = max(
+        (items for dataset in job.datasets for items in batches.epoch([dataset], job.seed, 0)),
+        key=lambda items: len(items) * math.prod(items[0].size),
+    )
+    batch = batches.make_batch(job, family, 0, largest, job.seed)
+    subject = planner.Subject(
+        family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
+        optimizer=job.optimizer.kind,
+        dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
+        latents=tuple(batch.latents.shape), conditions=batch.conditions,
+    )  # fmt: skip
+    plan = planner.choose(subject, settings, free_memory(device), free_memory(torch.device("cpu")))
+    log.info("planned: %s", plan)
+    this.keep_precision(plan.settings.precision)
+    return plan.settings
+
+
+def _load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix], memory: MemorySettings,
+              device: torch.device) -> torch.nn.Module:  # fmt: skip
+    """The transformer with its weights where the settings want them."""
+    dtype = planner.compute_dtype(memory.precision, device)
+    attend = load_backend(memory.attention, device, dtype, training=True)
+    blocks = blocks_of(matrices)
+    numbers = streamed_blocks(memory.block_swap, len(blocks))
+    on_host = {f"{matrix.name}.weight" for matrix in matrices if matrix.block in {blocks[n] for n in numbers}}
+    begin = time.perf_counter()
     with torch.device("meta"):
         dit = family.build_dit(part.config)
-    begin = time.perf_counter()
-    load_into(dit, checkpoint, part.keymap, dtype, device)
-    dit.run_block.recompute = job.memory.gradient_checkpointing
-    log.info("loaded %s (%s) in %.1f s", path.name, part.title, time.perf_counter() - begin)
-    return dit, inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
+    stored = planner.stored_weights(
+        memory.precision,
+        matrices,
+        {part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
+    )
+    load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored)
+    modules = [dit.get_submodule(path) for path in blocks]
+    use_attention(dit, attend)
+    if memory.compile:
+        compile_blocks(modules, device)
+    dit.run_block.recompute = memory.gradient_checkpointing
+    dit.run_block.offload = Offload(device) if memory.offload_checkpoints else None
+    dit.run_block.stream = BlockStream(modules, numbers, device) if numbers else None
+    log.info("loaded %s (%s) in %.1f s", checkpoint.path.name, part.title, time.perf_counter() - begin)
+    return dit
 
 
 def _share(job: Job, family: Family, matrices: list[Matrix]) -> tuple[dict[str, loraid.Rows], loraid.Allocation | None]:

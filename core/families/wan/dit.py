@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...modules.attention import attention
+from ...modules.attention import FullAttention
 from ...modules.checkpointing import BlockRunner
 from ...modules.layers import Linear, RMSNorm, rotary, rotary_tables
 
@@ -57,6 +57,7 @@ class Attention(nn.Module):
         self.heads = dim // HEAD_DIM
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.attend = FullAttention()
         if clip:
             self.k_img, self.v_img, self.norm_k_img = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim)
 
@@ -66,14 +67,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q = rotary(self._split(self.norm_q(self.q(x))), cos, sin)
         k = rotary(self._split(self.norm_k(self.k(x))), cos, sin)
-        return self.o(attention(q, k, self._split(self.v(x))))
+        return self.o(self.attend(q, k, self._split(self.v(x))))
 
     def cross(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
         q = self._split(self.norm_q(self.q(x)))
-        y = attention(q, self._split(self.norm_k(self.k(text))), self._split(self.v(text)))
+        y = self.attend(q, self._split(self.norm_k(self.k(text))), self._split(self.v(text)))
         if image is not None:
             k = self._split(self.norm_k_img(self.k_img(image)))
-            y = y + attention(q, k, self._split(self.v_img(image)))
+            y = y + self.attend(q, k, self._split(self.v_img(image)))
         return self.o(y)
 
 

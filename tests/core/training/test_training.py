@@ -142,7 +142,7 @@ def test_every_step_is_reported(made, tmp_path):
 def test_twenty_steps_are_ten_killed_resumed_and_ten_more_bit_for_bit(made, tmp_path, checkpointing):
     settings = {
         "steps": 20, "save": SaveSettings(every_steps=5, precision="float32"),
-        "memory": MemorySettings(gradient_checkpointing=checkpointing),
+        "memory": MemorySettings(mode="manual", gradient_checkpointing=checkpointing),
         "optimizer": OptimizerSettings(learning_rate=1e-2, gradient_accumulation=2),
     }  # fmt: skip
     straight, _ = trained(made, tmp_path / "straight", **settings)
@@ -404,7 +404,9 @@ def test_a_job_survives_its_file(made, tmp_path):
     [(OptimizerSettings, {"learning_rate": -1e-4}), (OptimizerSettings, {"learning_rate": float("nan")}),
      (OptimizerSettings, {"learning_rate": float("inf")}), (OptimizerSettings, {"gradient_accumulation": 0}),
      (NetworkSettings, {"rank": 0}), (NetworkSettings, {"alpha": 0.0}), (TimestepSettings, {"sampling": "magic"}),
-     (MemorySettings, {"precision": "float16"}), (SaveSettings, {"every_steps": -1})],
+     (MemorySettings, {"precision": "int4"}), (MemorySettings, {"attention": "magic"}),
+     (MemorySettings, {"block_swap": -1}),
+     (MemorySettings, {"mode": "manual", "gradient_checkpointing": False, "offload_checkpoints": True}), (SaveSettings, {"every_steps": -1})],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_with_advice(settings, wrong):
     with pytest.raises(ValueError, match="use"):
