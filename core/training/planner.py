@@ -258,24 +258,33 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Parking:
-    """Stands for `Offload`: what is put leaves the device, and the one that comes next is brought back ahead."""
+    """Stands for `Offload`: what is put leaves the device, and the one put before is brought back ahead of its use."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
+        self.last: _Ticket | None = None
 
     def put(self, tensor: Tensor) -> _Ticket:
         self.now += tensor.nbytes
         self.most = max(self.most, self.now)
-        return _Ticket(self, tensor)
+        self.last = _Ticket(tensor, self.last)
+        return self.last
 
 
 class _Ticket:
-    def __init__(self, parking: _Parking, tensor: Tensor) -> None:
-        self.parking, self.shape, self.dtype = parking, tensor.shape, tensor.dtype
+    def __init__(self, tensor: Tensor, before: _Ticket | None) -> None:
+        self.shape, self.dtype, self.before = tensor.shape, tensor.dtype, before
+        self.arrived: Tensor | None = None
+
+    def fetch(self) -> Tensor:
+        if self.arrived is None:
+            self.arrived = torch.empty(self.shape, dtype=self.dtype, device=_META)
+        return self.arrived
 
     def get(self) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=_META)
-        self.parking.now -= tensor.nbytes
+        tensor, self.arrived = self.fetch(), None
+        if self.before is not None:
+            self.before.fetch()
         return tensor
 
 
