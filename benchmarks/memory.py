@@ -8,6 +8,7 @@ On a GPU: of its memory, as the allocator counts it. On the CPU: of the process'
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -96,19 +97,29 @@ def trained(about, dit):
     return adapters, optimizer, batches.Batch(latents, latents, torch.tensor([0.5]), {"text_states": text})
 
 
-def step_now(args: argparse.Namespace) -> None:
-    """In a process of its own: forecast, then three steps, and the peak."""
-    chosen = dict(SETTINGS[args.setting])
-    about = subject(args, chosen.pop("loraid", None), devices.best_device())
-    settings = job.MemorySettings(mode="manual", **chosen)
-    plan = planner.predict(about, settings)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # libraries load what they need
-    before = 0 if about.device.type == "cuda" else psutil.Process().memory_info().rss
+def steps(about, settings) -> None:
+    """Make everything, and train three steps."""
     dit = build(about, settings)
     adapters, optimizer, batch = trained(about, dit)
     with adapter.attached(dit, adapters):
         for _ in range(3):
             loop.train_step(dit, optimizer, [batch], 1e-4, 1.0, about.device)
+
+
+def step_now(args: argparse.Namespace) -> None:
+    """In a process of its own: forecast, then the steps, and the peak."""
+    chosen = dict(SETTINGS[args.setting])
+    number = chosen.pop("loraid", None)
+    settings = job.MemorySettings(mode="manual", **chosen)
+    tiny = argparse.Namespace(**{**vars(args), "dim": 128, "frames": 1, "width": 32, "height": 32})
+    steps(subject(tiny, number, devices.best_device()), settings)  # libraries load what they need
+    about = subject(args, number, devices.best_device())
+    plan = planner.predict(about, settings)
+    gc.collect()
+    if about.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = 0 if about.device.type == "cuda" else psutil.Process().memory_info().rss
+    steps(about, settings)
     predicted = plan.device + (plan.host if about.device.type == "cpu" else 0)
     print(json.dumps([predicted, devices.peak_memory(about.device) - before]))
 
