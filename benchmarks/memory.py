@@ -22,7 +22,8 @@ import pack
 import psutil
 
 adapter, loop, batches = (pack.load(f"core.{name}") for name in ("lora.adapter", "training.loop", "training.batches"))
-inventory, loraid, job = (pack.load(f"core.{name}") for name in ("lora.inventory", "lora.loraid", "training.job"))
+inventory, loraid = pack.load("core.lora.inventory"), pack.load("core.lora.loraid")
+job, optimizers = pack.load("core.training.job"), pack.load("core.training.optimizers")
 quantized, streaming, offloading = (
     pack.load(f"core.modules.{name}") for name in ("quantized", "streaming", "offloading")
 )
@@ -58,7 +59,7 @@ def subject(args: argparse.Namespace, number: int | None, device: torch.device):
     latents = FAMILY.latent.latents(shapes.VideoSize(args.frames, args.height, args.width))
     return planner.Subject(
         family=FAMILY, config=config, matrices=matrices, dtypes=dict.fromkeys(sizes, torch.float32), rows=rows,
-        rank=args.rank, latents=(1, 16, *latents), conditions={"text_states": torch.empty(1, 512, 4096)}, device=device,
+        network=job.NetworkSettings(rank=args.rank), latents=(1, 16, *latents), conditions={"text_states": torch.empty(1, 512, 4096)}, device=device,
     )  # fmt: skip
 
 
@@ -89,9 +90,9 @@ def build(about, settings) -> torch.nn.Module:
 
 def trained(about, dit):
     """Adapters and their optimizer, and a batch."""
-    adapters = adapter.untrained_adapters(dit, about.rows, about.rank, about.rank, seed=0)
+    adapters = adapter.untrained_adapters(dit, about.rows, about.network.rank, 1.0, seed=0)
     modules = torch.nn.ModuleList(adapters.values()).to(about.device)
-    optimizer = loop.make_optimizer(modules.parameters(), job.OptimizerSettings())
+    optimizer = optimizers.make_optimizer(modules.parameters(), job.OptimizerSettings())
     latents = torch.randn(about.latents)
     text = torch.randn(about.conditions["text_states"].shape)
     return adapters, optimizer, batches.Batch(latents, latents, torch.tensor([0.5]), {"text_states": text})

@@ -44,7 +44,7 @@ def make_checkpoint(path: Path, gib: float) -> None:
 def make_lora(path: Path, matrices, number: int | None) -> None:
     share = loraid.allocate(matrices, loraid.Loraid(number=number)) if number else None
     factors = {
-        m.name: files.Factors(
+        m.name: files.LoRAFactors(
             torch.randn(RANK, m.columns).bfloat16(), torch.randn(m.rows, RANK).bfloat16(), float(RANK)
         )
         for m in matrices

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "devtools"))
 import pack
 
 adapter, loop, batches = (pack.load(f"core.{name}") for name in ("lora.adapter", "training.loop", "training.batches"))
-inventory, loraid, job = (pack.load(f"core.{name}") for name in ("lora.inventory", "lora.loraid", "training.job"))
+inventory, loraid = pack.load("core.lora.inventory"), pack.load("core.lora.loraid")
+job, optimizers = pack.load("core.training.job"), pack.load("core.training.optimizers")
 layers, quantized = pack.load("core.modules.layers"), pack.load("core.modules.quantized")
 streaming, offloading = pack.load("core.modules.streaming"), pack.load("core.modules.offloading")
 devices, shapes = pack.load("core.devices"), pack.load("core.shapes")
@@ -131,7 +132,7 @@ def measured(dit, batch, rows, saving, args: argparse.Namespace, device: torch.d
     runner.stream = streaming.BlockStream(dit.blocks, numbers, device) if numbers else None
     adapters = adapter.untrained_adapters(dit, rows, args.rank, args.rank, seed=0)
     modules = torch.nn.ModuleList(adapters.values()).to(device)
-    optimizer = loop.make_optimizer(modules.parameters(), job.OptimizerSettings())
+    optimizer = optimizers.make_optimizer(modules.parameters(), job.OptimizerSettings())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with adapter.attached(dit, adapters):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .keymap import IDENTITY, KeyMap
+from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
 from .weights import Checkpoint
 
@@ -60,20 +61,28 @@ class Part:
     text_width: int = 0
 
 
-class TextEncoder(Protocol):
-    """Loaded text encoder(s) of a family. `model` is the module to move between devices; `encode` follows it."""
-
-    model: nn.Module
-
-    def encode(self, prompts: Sequence[str]) -> list[TextStates]:
-        """One TextStates per prompt, on the CPU."""
+class Tokenizer(Protocol):
+    """What a family's text encoder cuts prompts with; loaded without the encoder's weights."""
 
     def too_long(self, prompt: str) -> int:
         """How many tokens of the prompt do not fit (0 when all do)."""
 
 
+class TextEncoder(Protocol):
+    """Loaded text encoder(s) of a family. `model` is the module to move between devices; `encode` follows it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+
+    def encode(self, prompts: Sequence[str]) -> list[TextStates]:
+        """One TextStates per prompt, on the CPU."""
+
+
 class VAE(Protocol):
-    """A loaded video VAE, an nn.Module. Pixels are (B, 3, F, H, W) in -1..1, latents (B, C, F, H, W) unscaled."""
+    """A loaded video VAE. Pixels are (B, 3, F, H, W) in -1..1, latents (B, C, F, H, W) unscaled.
+    `cache_on_cpu` keeps what it remembers of earlier frames in main memory."""
+
+    cache_on_cpu: bool
 
     def encode(self, video: Tensor) -> Tensor:
         """The posterior's mean or mode: the same every time."""
@@ -110,7 +119,9 @@ class Family:
     build_dit       config -> transformer; called as dit(latents, time, **conditions), its `run_block` is a BlockRunner
     build_vae       config -> VAE
     vae_elements    values the VAE holds at a time per pixel of a frame, to ask for enough memory
-    load_text       (checkpoint, part, dtype) -> TextEncoder, on the CPU
+    load_tokenizer  checkpoint of a text encoder -> Tokenizer
+    text_states     names of the states that its text encoder gives
+    load_text       (checkpoint, part, dtype, storing of its large weights or None) -> TextEncoder, on the CPU
     conditions      one TextStates per sample -> keyword arguments of the transformer
     to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
     from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
@@ -131,7 +142,9 @@ class Family:
     build_dit: Callable[[Any], nn.Module]
     build_vae: Callable[[Any], nn.Module]
     vae_elements: int
-    load_text: Callable[[Checkpoint, Part, torch.dtype], TextEncoder]
+    load_tokenizer: Callable[[Checkpoint], Tokenizer]
+    text_states: tuple[str, ...]
+    load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
     conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
     to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]
     from_comfyui: Callable[[Tensor, Mapping[str, Any]], TextStates]

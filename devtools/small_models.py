@@ -144,7 +144,7 @@ def main(folder: Path) -> None:
     checkpoint, part = families.open_part(folder / TEXT, "text_encoder")
     encoder = family.load_text(checkpoint, part, torch.float32)
     cpu = torch.device("cpu")
-    videos = torch.cat([caching.to_video(frames, cpu) for frames, _ in rendered])
+    videos = caching.to_video([frames for frames, _ in rendered], cpu)
     latents = torch.cat([family.latent.to_model(vae.encode(some)) for some in videos.split(8)])
     states = encoder.encode([caption for _, caption in rendered])
     model = dit()

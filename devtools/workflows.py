@@ -190,6 +190,28 @@ The LoRA is written to `ComfyUI/output/loras`.
     return graph
 
 
+def wan_t2v_prepare_data() -> Graph:
+    graph = Graph(f"""# Look at the data, then cache it
+Put clips or images and a `.txt` caption for each into `ComfyUI/input/character_1`. The preview shows what training will
+see: crops, frame windows, captions, what is left out and why. It needs no weights. Then clips go through the VAE and
+captions through the text encoder; what is cached is never done again, and cancelling loses nothing. To look first, mute
+(Ctrl+M) the nodes to the right of the preview.
+
+{FILES}""")
+    vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
+    text = graph.add(0, "VideoLoRALoadT5", model=TEXT)
+    data = graph.add(0, "VideoLoRADatasetFolder", caption_extension=".txt", width=832, height=480, frames="81", repeats=1,
+                     batch_size=1, buckets=True, extraction="head", folder="character_1")  # fmt: skip
+    preview = graph.add(1, "VideoLoRADatasetPreview", datasets=data[0], vae=vae[0], text_encoder=text[0], shown=4)
+    graph.add(2, "SaveVideo", video=preview[1], filename_prefix="video/preview", format="auto", codec="auto")
+    graph.add(2, "PreviewAny", "Report", source=preview[2])
+    latents = graph.add(3, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0])
+    captions = graph.add(3, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
+    graph.add(4, "PreviewAny", "Latents", source=latents[1])
+    graph.add(4, "PreviewAny", "Captions", source=captions[1])
+    return graph
+
+
 def _two_loras(graph: Graph) -> tuple[Node, Node]:
     dit = graph.add(0, "VideoLoRALoadDiT", model=DIT, variant="auto")
     first = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=1, lora="character_1.safetensors")
@@ -223,7 +245,9 @@ memory. The order of the LoRAs does not matter.
     return graph
 
 
-WORKFLOWS = {make.__name__: make for make in (wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge)}
+WORKFLOWS = {
+    make.__name__: make for make in (wan_t2v_prepare_data, wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge)
+}
 
 
 def files(info: dict[str, dict]) -> dict[Path, str]:

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .caching import CacheLatents, CacheText
-from .data import DatasetFolder, DatasetTOML
+from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .loaders import LoadDiT, LoadT5, LoadVAE
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .planning import MemoryPlan
@@ -14,16 +14,17 @@ from .settings import (
     OptimizerSettingsNode,
     SaveSettingsNode,
     SelectLORAID,
+    ShowTimesteps,
     TimestepSettingsNode,
 )
 from .training import Train
 
 NODES: list[type[io.ComfyNode]] = [
     LoadDiT, LoadVAE, LoadT5,
-    DatasetFolder, DatasetTOML,
+    DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
-    SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, MemorySettingsNode,
-    SaveSettingsNode, MemoryPlan, Train,
+    SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
+    MemorySettingsNode, SaveSettingsNode, MemoryPlan, Train,
     EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip

@@ -8,8 +8,11 @@ from contextlib import closing
 import comfy.model_management as mm
 from comfy_api.latest import io
 
-from ..core.data import caching
-from ..core.data.caching import CacheStep, LatentPlan
+from ..core.data import caching, planning
+from ..core.data.caching import CacheStep
+from ..core.data.planning import PlannedText, PlannedWindow
+from ..core.data.statistics import describe
+from ..core.family import Family
 from . import handles
 from .progress import Progress, say
 
@@ -26,9 +29,35 @@ def _follow(steps: Iterator[CacheStep], node_id: str | None, what: str) -> list[
     return taken
 
 
-def _counts(steps: Sequence[CacheStep]) -> str:
+def _counts(what: str, steps: Sequence[CacheStep], planned: Sequence[PlannedWindow | PlannedText]) -> list[str]:
     outcomes = [step.outcome for step in steps]
-    return f"{outcomes.count('made')} made, {outcomes.count('kept')} up to date"
+    lines = [f"{what}: {outcomes.count('made')} made, {outcomes.count('kept')} up to date"]
+    foreign = sum(one.foreign for one in planned)
+    if foreign:
+        lines.append(f"  {foreign} of them made by another trainer; delete those files to have them made anew")
+    return lines
+
+
+def _stale(planned: Sequence[PlannedWindow | PlannedText], family: Family, delete: bool) -> list[str]:
+    """Say which files of earlier runs nothing needs any more, and delete them if that is wished."""
+    stale = planning.stale_files(planned, family)
+    if not stale:
+        return []
+    size = sum(path.stat().st_size for path in stale) / 2**20
+    if delete:
+        for path in stale:
+            path.unlink(missing_ok=True)
+    names = ", ".join(path.name for path in stale[:3]) + (", ..." if len(stale) > 3 else "")
+    return [
+        f"{len(stale)} files that are no longer needed {'were deleted' if delete else 'are kept'} ({size:.1f} MiB): {names}"
+    ]
+
+
+_DELETE_STALE = io.Boolean.Input(
+    "delete_stale", default=False, optional=True, advanced=True,
+    tooltip="Delete the files of earlier runs that these data sets no longer need (other sizes, clips that are gone). Only "
+    "files that this pack made. Off: they are kept, and the report says how many there are.",
+)  # fmt: skip
 
 
 def _each_run(cls, **_) -> float:
@@ -48,6 +77,16 @@ class CacheLatents(io.ComfyNode):
             inputs=[
                 handles.Datasets.Input("datasets", tooltip="From a data set node."),
                 handles.Vae.Input("vae", tooltip="The VAE of the model to be trained."),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Windows of one size that are encoded together. More than 1 helps small images only.",
+                ),
+                _DELETE_STALE,
             ],
             outputs=[
                 handles.LatentCacheType.Output("latents", display_name="latent cache"),
@@ -59,30 +98,21 @@ class CacheLatents(io.ComfyNode):
     fingerprint_inputs = classmethod(_each_run)
 
     @classmethod
-    def execute(cls, datasets, vae: handles.VAEFile) -> io.NodeOutput:
+    def execute(cls, datasets, vae: handles.VAEFile, batch_size: int = 1, delete_stale: bool = False) -> io.NodeOutput:
         node_id, progress = cls.hidden.unique_id, Progress(cls.hidden.unique_id)
 
         def checking(done: int, total: int) -> None:
             progress.update(done, total, f"checking clip {done + 1} of {total}")
 
-        plans = [caching.plan_latents(dataset, vae.family, vae.identity, checking) for dataset in datasets]
+        plans = [planning.plan_latents(dataset, vae.family, vae.identity, checking) for dataset in datasets]
         windows = [window for plan in plans for window in plan.windows]
-        caching.check_distinct(windows)
+        planning.check_distinct(windows)
         largest = max((window.size for window in windows), key=lambda size: size.height * size.width)
-        steps = caching.cache_latents(plans, vae.family, lambda: vae.load(largest), mm.get_torch_device())
-        steps = _follow(steps, node_id, "latents")
-        report = "\n".join([f"latents: {_counts(steps)}", *map(_describe, plans)])
-        say(report, cls.hidden.unique_id)
+        steps = caching.cache_latents(plans, vae.family, lambda: vae.load(largest), mm.get_torch_device(), batch_size)
+        counts = _counts("latents", _follow(steps, node_id, "latents"), windows)
+        report = "\n".join([*counts, *map(describe, plans), *_stale(windows, vae.family, delete_stale)])
+        say(report, node_id)
         return io.NodeOutput(handles.LatentCache(vae.family, tuple(plans)), report)
-
-
-def _describe(plan: LatentPlan) -> str:
-    sizes: dict[str, int] = {}
-    for window in plan.windows:
-        sizes[str(window.size)] = sizes.get(str(window.size), 0) + 1
-    lines = [f"{plan.dataset.config.title}: " + "; ".join(f"{count} of {size}" for size, count in sizes.items())]
-    lines += [f"  left out: {name} ({reason})" for name, reason in plan.left_out.items()]
-    return "\n".join(lines)
 
 
 class CacheText(io.ComfyNode):
@@ -96,6 +126,7 @@ class CacheText(io.ComfyNode):
             inputs=[
                 handles.Datasets.Input("datasets", tooltip="From a data set node."),
                 handles.TextEncoderType.Input("text_encoder", tooltip="The text encoder of the model to be trained."),
+                _DELETE_STALE,
             ],
             outputs=[
                 handles.TextCacheType.Output("text", display_name="text cache"),
@@ -107,13 +138,15 @@ class CacheText(io.ComfyNode):
     fingerprint_inputs = classmethod(_each_run)
 
     @classmethod
-    def execute(cls, datasets, text_encoder: handles.TextEncoderFile) -> io.NodeOutput:
+    def execute(cls, datasets, text_encoder: handles.TextEncoderFile, delete_stale: bool = False) -> io.NodeOutput:
         family = text_encoder.family
-        plans = [(dataset, tuple(caching.plan_text(dataset, family, text_encoder.identity))) for dataset in datasets]
+        plans = [(dataset, tuple(planning.plan_text(dataset, family, text_encoder.identity))) for dataset in datasets]
         everything = [planned for _, texts in plans for planned in texts]
-        caching.check_distinct(everything)
+        planning.check_distinct(everything)
         steps = _follow(caching.cache_text(everything, family, text_encoder.load), cls.hidden.unique_id, "captions")
         warnings = [f"  {step.name}: {step.reason}" for step in steps if step.reason]
-        report = "\n".join([f"captions: {_counts(steps)}", *warnings])
+        report = "\n".join(
+            [*_counts("captions", steps, everything), *warnings, *_stale(everything, family, delete_stale)]
+        )
         say(report, cls.hidden.unique_id)
         return io.NodeOutput(handles.TextCache(family, tuple(plans)), report)

@@ -1,118 +1,80 @@
-"""Data sets: a folder, or a TOML file that describes several."""
+"""Data sets: a folder, a JSONL file, or a TOML file that describes several; and a look at what training will see."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy_api.latest import io
+import numpy as np
+import torch
+from comfy_api.latest import InputImpl, Types, io, ui
 
-from ..core.data.caching import Dataset
-from ..core.data.config import EXTRACTIONS, DatasetConfig, default_cache, read_toml
+from ..core.data import preview
+from ..core.data.config import CACHE_FOLDER, EXTRACTIONS, DatasetConfig, read_toml
 from ..core.data.discovery import IMAGES, VIDEOS, media_files
-from ..core.families import check_size
+from ..core.data.planning import Dataset, plan_latents
+from ..core.data.statistics import statistics
+from ..core.families import check_size, open_part
 from ..core.io.files import digest
 from ..core.shapes import VideoSize
 from . import handles, paths
+from .progress import Progress, say
 
 CATEGORY = "VideoLoRA/data"
 _ANY_SIDE = 256  # a width and height that every model takes, to check frame counts alone
+_DATASETS = handles.Datasets.Input("datasets", optional=True, tooltip="Further data sets to train on together.")
 
 
-def _fingerprint(folders: list[Path]) -> str:
-    """Changes whenever a file in the folders does."""
-    files = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
-    return digest([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)])
+def _settings(more: list[io.Input]) -> list[io.Input]:
+    """What is chosen for a data set wherever its clips come from; `more` stands between the common and the rare."""
+    return [
+        io.Int.Input("width", default=832, min=16, max=4096, step=16,
+                     tooltip="Width to train at, in pixels. With buckets on, width x height is the area."),
+        io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Height to train at, in pixels."),
+        io.String.Input("frames", default="81",
+                        tooltip="Frames per training clip, 4n+1 each: 81, or several such as 1, 25, 45. Ignored for "
+                        "images. Videos are converted to the model's frame rate."),
+        io.Int.Input("repeats", default=1, min=1, max=10000,
+                     tooltip="How often an epoch sees each clip: raise it to balance data sets of different size."),
+        io.Int.Input("batch_size", default=1, min=1, max=64,
+                     tooltip="Clips per step. 1 for video on consumer cards; accumulate gradients instead."),
+        io.Boolean.Input("buckets", default=True,
+                         tooltip="Train each clip at the shape nearest to its own, at about the same area. Off: "
+                         "everything is cropped to width x height."),
+        io.Combo.Input("extraction", options=list(EXTRACTIONS), default="head",
+                       tooltip="head: the first frames; chunk: the clip in pieces; slide: a sliding window; uniform: "
+                       "windows spread over the clip; full: the whole clip."),
+        *more,
+        io.Int.Input("frame_stride", default=16, min=1, max=1000, advanced=True, optional=True,
+                     tooltip="Step of the sliding window, in frames."),
+        io.Int.Input("frame_sample", default=2, min=1, max=100, advanced=True, optional=True,
+                     tooltip="Number of windows for uniform extraction."),
+        io.Int.Input("max_frames", default=129, min=1, max=1000, advanced=True, optional=True,
+                     tooltip="Longest clip for full extraction."),
+        io.Boolean.Input("no_upscale", default=False, advanced=True, optional=True,
+                         tooltip="With buckets on: clips smaller than the area keep their size instead of being enlarged."),
+        io.Float.Input("source_fps", default=0.0, min=0.0, max=999.0, step=1.0, advanced=True, optional=True,
+                       tooltip="Frame rate of the clips, where what their files say of it is wrong. 0: as the files say."),
+        _DATASETS,
+    ]  # fmt: skip
 
 
-class DatasetFolder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="VideoLoRADatasetFolder",
-            display_name="Data Set from Folder",
-            category=CATEGORY,
-            description="A folder of videos or images, each with a caption file of the same name. Chain several of these to "
-            "train on several folders.",
-            inputs=[
-                io.String.Input("caption_extension", default=".txt", tooltip="Extension of the caption files."),
-                io.Int.Input("width", default=832, min=16, max=4096, step=16,
-                             tooltip="Width to train at, in pixels. With buckets on, width x height is the area."),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Height to train at, in pixels."),
-                io.String.Input("frames", default="81",
-                                tooltip="Frames per training clip, 4n+1 each: 81, or several such as 1, 25, 45. Ignored for "
-                                "images. Videos are converted to the model's frame rate."),
-                io.Int.Input("repeats", default=1, min=1, max=10000,
-                             tooltip="How often an epoch sees each clip: raise it to balance folders of different size."),
-                io.Int.Input("batch_size", default=1, min=1, max=64,
-                             tooltip="Clips per step. 1 for video on consumer cards; accumulate gradients instead."),
-                io.Boolean.Input("buckets", default=True,
-                                 tooltip="Train each clip at the shape nearest to its own, at about the same area. Off: "
-                                 "everything is cropped to width x height."),
-                io.Combo.Input("extraction", options=list(EXTRACTIONS), default="head",
-                               tooltip="head: the first frames; chunk: the clip in pieces; slide: a sliding window; uniform: "
-                               "windows spread over the clip; full: the whole clip."),
-                io.Int.Input("frame_stride", default=16, min=1, max=1000, advanced=True, optional=True,
-                             tooltip="Step of the sliding window, in frames."),
-                io.Int.Input("frame_sample", default=2, min=1, max=100, advanced=True, optional=True,
-                             tooltip="Number of windows for uniform extraction."),
-                io.Int.Input("max_frames", default=129, min=1, max=1000, advanced=True, optional=True,
-                             tooltip="Longest clip for full extraction."),
-                io.Combo.Input("folder", options=paths.data_folders(),
-                               tooltip="A folder inside ComfyUI's input folder, or inside a folder listed under 'datasets' in "
-                               "extra_model_paths.yaml."),
-                handles.Datasets.Input("datasets", optional=True, tooltip="Further data sets to train on together."),
-            ],
-            outputs=[handles.Datasets.Output("all_datasets", display_name="datasets")],
-        )  # fmt: skip
-
-    @classmethod
-    def validate_inputs(cls, datasets=None, **settings: Any) -> bool | str:
-        if None in settings.values():
-            return True  # something is linked: checked when it runs
-        try:
-            _folder_datasets(**settings)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, folder, **_) -> str:
-        try:
-            return _fingerprint([paths.data_path(folder)])
-        except ValueError:
-            return ""
-
-    @classmethod
-    def execute(cls, datasets: tuple[Dataset, ...] = (), **settings: Any) -> io.NodeOutput:
-        return io.NodeOutput((*datasets, *_folder_datasets(**settings)))
-
-
-def _folder_datasets(*, folder: str, caption_extension: str, width: int, height: int, frames: str, repeats: int,
-                     batch_size: int, buckets: bool, extraction: str, frame_stride: int = 16, frame_sample: int = 2,
-                     max_frames: int = 129) -> list[Dataset]:  # fmt: skip
-    """The folder's videos and images, each as a data set. Raises ValueError for anything that cannot be trained on."""
+def _config(kind: str, *, width: int, height: int, frames: str, repeats: int, batch_size: int, buckets: bool,
+            extraction: str, frame_stride: int = 16, frame_sample: int = 2, max_frames: int = 129,
+            no_upscale: bool = False, source_fps: float = 0.0, **source: Any) -> DatasetConfig:  # fmt: skip
+    """A data set with the settings of a node. Raises ValueError for anything that cannot be trained on."""
     if not buckets:
         check_size(VideoSize(1, height, width))
-    path = paths.data_path(folder)
-    kinds = [kind for kind, extensions in (("video", VIDEOS), ("image", IMAGES)) if media_files(path, extensions)]
-    common = {
-        "folder": path, "caption_extension": caption_extension, "resolution": (width, height), "num_repeats": repeats,
-        "batch_size": batch_size, "enable_bucket": buckets,
-    }  # fmt: skip
     video = {
         "target_frames": _frame_counts(frames), "frame_extraction": extraction, "frame_stride": frame_stride,
-        "frame_sample": frame_sample, "max_frames": max_frames,
+        "frame_sample": frame_sample, "max_frames": max_frames, "source_fps": source_fps or None,
     }  # fmt: skip
-    return [
-        Dataset.find(
-            DatasetConfig(
-                kind=kind, cache=default_cache(path) / f"{kind}s", **common, **(video if kind == "video" else {})
-            )
-        )
-        for kind in kinds or ["video"]
-    ]
+    return DatasetConfig(
+        kind=kind, resolution=(width, height), num_repeats=repeats, batch_size=batch_size, enable_bucket=buckets,
+        bucket_no_upscale=no_upscale, **source, **(video if kind == "video" else {}),
+    )  # fmt: skip
 
 
 def _frame_counts(text: str) -> tuple[int, ...]:
@@ -127,7 +89,96 @@ def _frame_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-class DatasetTOML(io.ComfyNode):
+class _DatasetNode(io.ComfyNode):
+    """What the data set nodes share; `find` gives the data sets of a node's own inputs."""
+
+    @classmethod
+    def find(cls, **inputs: Any) -> list[Dataset]:
+        raise NotImplementedError
+
+    @classmethod
+    def validate_inputs(cls, datasets=None, **inputs: Any) -> bool | str:
+        if None in inputs.values():
+            return True  # something is linked: checked when it runs
+        try:
+            cls.find(**inputs)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, datasets: tuple[Dataset, ...] = (), **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput((*datasets, *cls.find(**inputs)))
+
+    @classmethod
+    def fingerprint_inputs(cls, datasets=None, **inputs: Any) -> str:
+        """Changes whenever a clip or caption does."""
+        try:
+            found = cls.find(**inputs)
+        except (ValueError, OSError):
+            return ""
+        sources = [item.source for dataset in found for item in dataset.items]
+        states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
+        return digest([states, [item.caption for dataset in found for item in dataset.items]])
+
+
+class DatasetFolder(_DatasetNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRADatasetFolder",
+            display_name="Data Set from Folder",
+            category=CATEGORY,
+            description="A folder of videos or images, each with a caption file of the same name; a folder of images with a "
+            "caption file beside it is a video too. Chain several of these to train on several folders.",
+            inputs=[
+                io.String.Input("caption_extension", default=".txt", tooltip="Extension of the caption files."),
+                *_settings([
+                    io.Combo.Input("folder", options=paths.data_folders(),
+                                   tooltip="A folder inside ComfyUI's input folder, or inside a folder listed under 'datasets' "
+                                   "in extra_model_paths.yaml."),
+                ]),
+            ],
+            outputs=[handles.Datasets.Output("all_datasets", display_name="datasets")],
+        )  # fmt: skip
+
+    @classmethod
+    def find(cls, *, folder: str, caption_extension: str, **settings: Any) -> list[Dataset]:
+        """The folder's videos and images, each as a data set."""
+        path = paths.data_path(folder)
+        kinds = [kind for kind, extensions in (("video", VIDEOS), ("image", IMAGES)) if media_files(path, extensions)]
+        source = {"folder": path, "caption_extension": caption_extension}
+        return [
+            Dataset.find(_config(kind, cache=path / CACHE_FOLDER / f"{kind}s", **source, **settings))
+            for kind in kinds or ["video"]
+        ]
+
+
+class DatasetJSONL(_DatasetNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRADatasetJSONL",
+            display_name="Data Set from JSONL",
+            category=CATEGORY,
+            description='A text file with one clip per line: {"video_path": "clips/a.mp4", "caption": "..."}, or "image_path" '
+            "for images. A video path may be a folder of images. Paths are relative to ComfyUI's input folder.",
+            inputs=[
+                io.Combo.Input("file", options=_files("*.jsonl"), tooltip="A .jsonl file in ComfyUI's input folder."),
+                io.Combo.Input("kind", options=["video", "image"], default="video", tooltip="What the file lists."),
+                *_settings([]),
+            ],
+            outputs=[handles.Datasets.Output("all_datasets", display_name="datasets")],
+        )  # fmt: skip
+
+    @classmethod
+    def find(cls, *, file: str, kind: str, **settings: Any) -> list[Dataset]:
+        path = paths.data_path(file)
+        cache = path.parent / CACHE_FOLDER / path.stem
+        return [Dataset.find(_config(kind, jsonl=path, cache=cache, **settings), paths.data_path)]
+
+
+class DatasetTOML(_DatasetNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -136,41 +187,71 @@ class DatasetTOML(io.ComfyNode):
             category=CATEGORY,
             description="A TOML file that describes one or more data sets, as other video LoRA trainers use it.",
             inputs=[
-                io.Combo.Input("file", options=_toml_files(),
-                               tooltip="A .toml file in ComfyUI's input folder. Paths in it are relative to that folder."),
-                handles.Datasets.Input("datasets", optional=True, tooltip="Further data sets to train on together."),
+                io.Combo.Input("file", options=_files("*.toml", "*.json"),
+                               tooltip="A .toml file (or the same as .json) in ComfyUI's input folder. Paths in it are relative "
+                               "to that folder."),
+                _DATASETS,
             ],
             outputs=[handles.Datasets.Output("all_datasets", display_name="datasets")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
-        if file is None:
-            return True
-        try:
-            cls._find(file)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str, **_) -> str:
-        try:
-            path = paths.data_path(file)
-            folders = [config.folder or config.jsonl.parent for config in read_toml(path, paths.data_path)]
-            return _fingerprint([path.parent, *folders])
-        except (ValueError, OSError):
-            return ""
-
-    @classmethod
-    def _find(cls, file: str) -> list[Dataset]:
+    def find(cls, *, file: str) -> list[Dataset]:
         return [Dataset.find(config, paths.data_path) for config in read_toml(paths.data_path(file), paths.data_path)]
 
-    @classmethod
-    def execute(cls, file: str, datasets=()) -> io.NodeOutput:
-        return io.NodeOutput((*datasets, *cls._find(file)))
 
-
-def _toml_files() -> list[str]:
+def _files(*patterns: str) -> list[str]:
     root = Path(folder_paths.get_input_directory())
-    return sorted(path.name for path in root.glob("*.toml")) if root.is_dir() else []
+    return sorted(path.name for pattern in patterns for path in root.glob(pattern)) if root.is_dir() else []
+
+
+class DatasetPreview(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRADatasetPreview",
+            display_name="Preview Data Sets",
+            category=CATEGORY,
+            description="Shows what training will see, before anything is cached: the buckets with sample windows and their "
+            "captions, where the windows lie in the clips, what is left out and why, and how much there is to do.",
+            inputs=[
+                handles.Datasets.Input("datasets", tooltip="From a data set node."),
+                handles.Vae.Input("vae", tooltip="The VAE of the model to be trained: it decides sizes and frame rate. It is not "
+                                  "loaded."),
+                io.Int.Input("shown", default=4, min=1, max=64, tooltip="Windows shown of every bucket."),
+                handles.TextEncoderType.Input("text_encoder", optional=True,
+                                              tooltip="To find captions that are too long for it. Its weights are not loaded."),
+            ],
+            outputs=[
+                io.Image.Output("contact_sheet", display_name="contact sheet"),
+                io.Video.Output("video", display_name="video"),
+                io.String.Output("report", display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> float:
+        return float("nan")  # equal to nothing: what is cached may have changed
+
+    @classmethod
+    def execute(cls, datasets, vae: handles.VAEFile, shown: int, text_encoder=None) -> io.NodeOutput:
+        progress, family = Progress(cls.hidden.unique_id), vae.family
+
+        def looking(done: int, total: int) -> None:
+            progress.update(done, total, f"looking at clip {done + 1} of {total}")
+
+        plans = [plan_latents(dataset, family, vae.identity, looking) for dataset in datasets]
+        seen = list(preview.sights(plans, family, shown))
+        tokenizer = family.load_tokenizer(open_part(text_encoder.path, "text_encoder")[0]) if text_encoder else None
+        report = statistics(plans, family, tokenizer)
+        say(report, cls.hidden.unique_id)
+        sheet = _images(preview.contact_sheet(plans, seen)[None])
+        video = Types.VideoComponents(images=_images(preview.mosaic(seen)), frame_rate=Fraction(family.fps))
+        return io.NodeOutput(sheet, InputImpl.VideoFromComponents(video), report, ui=ui.PreviewImage(sheet, cls=cls))
+
+
+def _images(frames: np.ndarray) -> torch.Tensor:
+    """(F, H, W, 3) uint8 -> IMAGE."""
+    return torch.from_numpy(frames).float().div_(255)

@@ -15,13 +15,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..core.data.caching import Dataset, LatentPlan, PlannedText
+from ..core.data.planning import Dataset, LatentPlan, PlannedText
 from ..core.devices import compute_dtype
 from ..core.families import FAMILIES, open_part
 from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant
 from ..core.io.files import digest, fingerprint
 from ..core.lora.inventory import Matrix, inventory
 from ..core.lora.stack import LoadedLoRA, StackEntry, load_stack
+from ..core.modules.quantized import STORINGS
+from ..core.modules.tiling import TiledVAE
 from ..core.shapes import VideoSize
 from ..core.weights import load_into, shards
 
@@ -40,6 +42,8 @@ SaveType = io.Custom("VIDEOLORA_SAVE")
 Stack = io.Custom("VIDEOLORA_LORAS")
 ScheduleType = io.Custom("VIDEOLORA_SCHEDULE")
 
+PRECISIONS = ("auto", "bfloat16", "float16", "float32")
+FP8_PRECISIONS = ("fp8", "fp8_scaled")  # of weights alone; they are restored to compute with
 _BYTES_PER_ACTIVATION = 24  # of a token's width: residual, query, key, value, attention output and their copies
 
 
@@ -81,10 +85,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A recognised model file that is not read yet."""
+    """A recognised model file that is not read yet, and the precision it is to be used in."""
 
     path: Path
     part: Part
+    precision: str = "auto"
     slot: Slot = field(default_factory=Slot, compare=False)
 
     @property
@@ -93,12 +98,15 @@ class ModelFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(mm.get_torch_device())
+        if self.precision in ("auto", *FP8_PRECISIONS):
+            return compute_dtype(mm.get_torch_device())
+        return getattr(torch, self.precision)
 
     @functools.cached_property
     def identity(self) -> str:
         """Stands for the file's content and the precision it is used in."""
-        return digest([[fingerprint(path) for path in shards(self.path)], str(self.dtype)])
+        stored = [self.precision] if self.precision in FP8_PRECISIONS else []
+        return digest([[fingerprint(path) for path in shards(self.path)], str(self.dtype), *stored])
 
     def _module(self, kind: Kind, build: Callable[[Any], torch.nn.Module]) -> torch.nn.Module:
         """The weights, read into a module on the CPU."""
@@ -108,18 +116,33 @@ class ModelFile:
         return load_into(module, checkpoint, part.keymap, self.dtype)
 
 
+@dataclass(frozen=True)
 class VAEFile(ModelFile):
+    """A VAE, and how it trades time for memory: `tile_size` in pixels (0: whole frames), `cache_on_cpu` as in VAE."""
+
+    tile_size: int = 0
+    cache_on_cpu: bool = False
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """As of any model; tiles change the latents a little."""
+        return digest([super().identity, self.tile_size]) if self.tile_size else super().identity
+
     def load(self, pixels: VideoSize) -> VAE:
         """The VAE on the compute device, for videos of this size."""
-        memory = pixels.height * pixels.width * self.family.vae_elements * self.dtype.itemsize
-        return self.slot.on_device(lambda: self._module("vae", self.family.build_vae), memory)
+        height, width = (min(side, self.tile_size or side) for side in pixels[1:])
+        memory = height * width * self.family.vae_elements * self.dtype.itemsize
+        vae = self.slot.on_device(lambda: self._module("vae", self.family.build_vae), memory)
+        vae.cache_on_cpu = self.cache_on_cpu
+        return TiledVAE(vae, self.tile_size, self.family.latent) if self.tile_size else vae
 
 
 class TextEncoderFile(ModelFile):
     def load(self) -> TextEncoder:
         """The text encoder on the compute device, or on the CPU when it is larger than the device's memory."""
         if self.slot.encoder is None:
-            self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype)
+            storing = STORINGS[self.precision] if self.precision in FP8_PRECISIONS else None
+            self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype, storing)
         model, device = self.slot.encoder.model, mm.get_torch_device()
         fits = sum(parameter.nbytes for parameter in model.parameters()) < 0.9 * mm.get_total_memory(device)
         self.slot.on_device(lambda: model, memory=0, device=device if fits else torch.device("cpu"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..core.families import FAMILIES, open_part
+from ..core.family import Part
+from ..core.modules.tiling import check_tile
 from . import handles, paths
 
 CATEGORY = "VideoLoRA/loaders"
@@ -57,23 +60,38 @@ class LoadVAE(io.ComfyNode):
             category=CATEGORY,
             description="Opens the VAE that belongs to the transformer.",
             inputs=[
-                io.Combo.Input("model", options=paths.model_files("vae"), tooltip="A file in ComfyUI's models/vae.")
+                io.Combo.Input("model", options=paths.model_files("vae"), tooltip="A file in ComfyUI's models/vae."),
+                _precision("VAE", handles.PRECISIONS),
+                io.Int.Input("tile_size", default=0, min=0, max=2048, step=32, optional=True, advanced=True,
+                             tooltip="Work on tiles of so many pixels when frames are too large for the memory: 256 needs a "
+                             "tenth of 832x480. 0: whole frames, which is exact. Caches made with tiles are made again "
+                             "without."),
+                io.Boolean.Input("cache_on_cpu", default=False, optional=True, advanced=True,
+                                 tooltip="Keeps what the VAE remembers of earlier frames in main memory: slower, somewhat "
+                                 "less VRAM, the same result."),
             ],
             outputs=[handles.Vae.Output("vae", display_name="vae")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model: str | None) -> bool | str:
-        return _checked(open_part, "vae", model, "vae")
+    def validate_inputs(cls, model: str | None, tile_size: int | None = 0) -> bool | str:
+        return _checked(cls._open, "vae", model, tile_size)
 
     @classmethod
-    def fingerprint_inputs(cls, model: str) -> list:
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
         return paths.model_state("vae", model)
 
     @classmethod
-    def execute(cls, model: str) -> io.NodeOutput:
+    def _open(cls, path: Path, tile_size: int) -> Part:
+        _, part = open_part(path, "vae")
+        if tile_size:
+            check_tile(tile_size, FAMILIES[part.family].latent)
+        return part
+
+    @classmethod
+    def execute(cls, model: str, tile_size: int = 0, **settings: Any) -> io.NodeOutput:
         path = paths.model_path("vae", model)
-        return io.NodeOutput(handles.VAEFile(path, open_part(path, "vae")[1]))
+        return io.NodeOutput(handles.VAEFile(path, cls._open(path, tile_size), tile_size=tile_size, **settings))
 
 
 class LoadT5(io.ComfyNode):
@@ -88,6 +106,8 @@ class LoadT5(io.ComfyNode):
                 io.Combo.Input("model", options=paths.model_files("text_encoders"),
                                tooltip="A file in ComfyUI's models/text_encoders. ComfyUI's umt5_xxl files carry their "
                                "tokenizer; for the official .pth put google/umt5-xxl's spiece.model beside it."),
+                _precision("text encoder", (*handles.PRECISIONS, *handles.FP8_PRECISIONS), " fp8: half the memory, fp8_scaled "
+                           "with a scale per row is closer to the original."),
             ],
             outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
         )  # fmt: skip
@@ -97,16 +117,21 @@ class LoadT5(io.ComfyNode):
         return _checked(open_part, "text_encoders", model, "text_encoder")
 
     @classmethod
-    def fingerprint_inputs(cls, model: str) -> list:
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
         return paths.model_state("text_encoders", model)
 
     @classmethod
-    def execute(cls, model: str) -> io.NodeOutput:
+    def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
         path = paths.model_path("text_encoders", model)
-        return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1]))
+        return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
 
 
-def _checked(opening: Callable[[Path, str], object], folder: str, name: str | None, what: str | None) -> bool | str:
+def _precision(what: str, options: Sequence[str], more: str = "") -> io.Combo.Input:
+    return io.Combo.Input("precision", options=list(options), default="auto", optional=True, advanced=True,
+                          tooltip=f"Precision of the {what}. auto: bfloat16 where the device has it.{more}")  # fmt: skip
+
+
+def _checked(opening: Callable[[Path, Any], object], folder: str, name: str | None, what: Any) -> bool | str:
     """Whether the file is there and is what it should be: said before anything runs. A linked name is checked later."""
     if name is None or what is None:
         return True

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+import torch
 from comfy_api.latest import io
+from PIL import Image
 
+from ..core.io.files import fingerprint
+from ..core.lora.adapter import KINDS
 from ..core.lora.loraid import UNITS, Loraid, allocate
 from ..core.modules.attention import BACKENDS
+from ..core.shapes import VideoSize
+from ..core.training import chart
 from ..core.training.job import (
     BASE_PRECISIONS,
     FILE_PRECISIONS,
@@ -19,21 +27,26 @@ from ..core.training.job import (
     SaveSettings,
     TimestepSettings,
 )
-from ..core.training.timesteps import SAMPLINGS
-from . import handles
+from ..core.training.loss import WEIGHTINGS
+from ..core.training.optimizers import OPTIMIZERS
+from ..core.training.schedules import SCHEDULES
+from ..core.training.timesteps import DENSITIES, SAMPLINGS
+from . import handles, paths
 from .progress import say
 
 CATEGORY = "VideoLoRA/training"
+_NOTHING = "nothing"
 
 
 def _defaults(cls: type) -> dict[str, Any]:
     return {entry.name: entry.default for entry in fields(cls)}
 
 
-def _checked(cls: type, **values: Any) -> bool | str:
-    """The dataclass's own checks, before anything runs. Linked inputs arrive as None and are checked when they run."""
+def _checked(cls: type, check: Callable[[Any], None] = lambda made: None, **values: Any) -> bool | str:
+    """The dataclass's own checks and one more, before anything runs. Linked inputs arrive as None and are checked when
+    they run."""
     try:
-        cls(**{name: value for name, value in values.items() if value is not None})
+        check(cls(**{name: value for name, value in values.items() if value is not None}))
     except (ValueError, TypeError) as error:
         return str(error)
     return True
@@ -83,28 +96,72 @@ class NetworkSettingsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = _defaults(NetworkSettings)
+        probability = {"min": 0.0, "max": 0.99, "step": 0.05, "round": 0.001, "optional": True, "advanced": True}
         return io.Schema(
             node_id="VideoLoRANetworkSettings",
             display_name="Network Settings",
             category=CATEGORY,
-            description="Size of the LoRA.",
+            description="Kind and size of the LoRA, and what of the model it is put on.",
             inputs=[
                 io.Int.Input("rank", default=default["rank"], min=1, max=1024,
-                             tooltip="Rank: 16 for a character, 32 to 64 for styles and large data sets. File size grows with it."),
+                             tooltip="Rank: 16 for a character, 32 to 64 for styles and large data sets; 4 to 16 with loha. File size "
+                             "grows with it."),
                 io.Float.Input("alpha", default=default["alpha"], min=0.01, max=4096, step=0.5, round=0.01,
                                tooltip="The LoRA is scaled by alpha / rank. Equal to the rank is a good start; when you change "
                                "it, change the learning rate too."),
+                io.Combo.Input("kind", options=list(KINDS), default=default["kind"], optional=True,
+                               tooltip="lora: the usual kind, and the quickest. loha reaches the square of its rank; lokr is the "
+                               "smallest file. Both suit styles."),
+                io.Combo.Input("start_from", options=[_NOTHING, *paths.model_files("loras")], default=_NOTHING, optional=True,
+                               tooltip="A LoRA to go on training from, of any trainer, of the same kind and rank and on the same "
+                               "matrices."),
+                io.Float.Input("dropout", default=default["dropout"], **probability,
+                               tooltip="Drops single activations of the LoRA while training. 0.1 helps against learning the clips by "
+                               "heart."),
+                io.Float.Input("rank_dropout", default=default["rank_dropout"], **probability,
+                               tooltip="Drops whole ranks for a sample. Stronger than dropout."),
+                io.Float.Input("module_dropout", default=default["module_dropout"], **probability,
+                               tooltip="Leaves out the LoRA of a whole matrix for a batch. The strongest of the three."),
+                io.Float.Input("max_norm", default=default["max_norm"], min=0.0, max=1000.0, step=0.1, round=0.001, optional=True,
+                               advanced=True, tooltip="Keeps the change to each matrix from growing beyond this norm. 1 or so keeps "
+                               "several LoRAs usable together. 0 switches it off."),
+                io.Float.Input("loraplus_lr_ratio", default=default["loraplus_lr_ratio"], min=0.01, max=1000.0, step=1.0, round=0.01,
+                               optional=True, advanced=True,
+                               tooltip="LoRA+: how many times faster the up matrices learn. 4 to 16 learn quicker; 1 switches it off."),
+                io.Int.Input("factor", default=default["factor"], min=-1, max=1024, optional=True, advanced=True,
+                             tooltip="Of lokr: the size of its first matrix. Smaller trains more parameters; -1 makes the smallest "
+                             "file."),
+                io.String.Input("include", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="Train only matrices whose whole name matches one of these regular expressions, one in a "
+                                "line, such as .*self_attn.* Empty: all."),
+                io.String.Input("exclude", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="Do not train matrices whose whole name matches one of these, such as .*ffn.*"),
             ],
             outputs=[handles.Network.Output("network", display_name="network")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, rank, alpha) -> bool | str:
-        return _checked(NetworkSettings, rank=rank, alpha=alpha)
+    def validate_inputs(cls, start_from: str | None = None, **settings) -> bool | str:
+        return _checked(NetworkSettings, **_with_patterns(settings))
 
     @classmethod
-    def execute(cls, rank: int, alpha: float) -> io.NodeOutput:
-        return io.NodeOutput(NetworkSettings(rank=rank, alpha=alpha))
+    def fingerprint_inputs(cls, start_from: str = _NOTHING, **_) -> list:
+        return paths.model_state("loras", start_from)
+
+    @classmethod
+    def execute(cls, start_from: str = _NOTHING, **settings: Any) -> io.NodeOutput:
+        values = _with_patterns(settings)
+        if start_from != _NOTHING:
+            path = paths.model_path("loras", start_from)
+            values |= {"start_from": str(path), "start_fingerprint": fingerprint(path)}
+        return io.NodeOutput(NetworkSettings(**values))
+
+
+def _with_patterns(settings: dict[str, Any]) -> dict[str, Any]:
+    """The widgets' values with the lines of `include` and `exclude` as patterns."""
+    patterns = {name: settings[name] for name in ("include", "exclude") if settings.get(name) is not None}
+    lines = {name: tuple(line.strip() for line in text.splitlines() if line.strip()) for name, text in patterns.items()}
+    return {**settings, **lines}
 
 
 class OptimizerSettingsNode(io.ComfyNode):
@@ -115,10 +172,11 @@ class OptimizerSettingsNode(io.ComfyNode):
             node_id="VideoLoRAOptimizerSettings",
             display_name="Optimizer Settings",
             category=CATEGORY,
-            description="AdamW and its learning rate.",
+            description="The optimizer, its learning rate and how that goes.",
             inputs=[
-                io.Float.Input("learning_rate", default=default["learning_rate"], min=1e-7, max=1.0, step=1e-6, round=1e-7,
-                               tooltip="2e-4 is a good start for a character; lower it when the loss jumps or pictures burn."),
+                io.Float.Input("learning_rate", default=default["learning_rate"], min=1e-7, max=10.0, step=1e-6, round=1e-7,
+                               tooltip="2e-4 is a good start for a character; lower it when the loss jumps or pictures burn. lion "
+                               "wants a fifth of it, prodigy 1."),
                 io.Float.Input("weight_decay", default=default["weight_decay"], min=0.0, max=0.99, step=0.001, round=0.0001,
                                tooltip="Pulls the LoRA towards zero. Rarely needs a change."),
                 io.Int.Input("warmup_steps", default=default["warmup_steps"], min=0, max=100000,
@@ -127,18 +185,32 @@ class OptimizerSettingsNode(io.ComfyNode):
                              tooltip="Batches per step: as a larger batch, without its memory."),
                 io.Float.Input("max_grad_norm", default=default["max_grad_norm"], min=0.0, max=100.0, step=0.1, round=0.001,
                                tooltip="Longer gradients are cut to this length. 0 switches it off."),
+                io.Combo.Input("optimizer", options=list(OPTIMIZERS), default=default["optimizer"], optional=True,
+                               tooltip="adamw always works. adamw8bit and adafactor take less memory, lion half of it; prodigy finds "
+                               "the learning rate itself; adamw_schedulefree needs no schedule. Some need a package: "
+                               + ", ".join(f"{name} {kind.package}" for name, kind in OPTIMIZERS.items() if kind.package) + "."),
+                io.Combo.Input("schedule", options=list(SCHEDULES), default=default["schedule"], optional=True,
+                               tooltip="How the learning rate goes after the warm-up. cosine is a good choice for a training that will "
+                               "not be made longer."),
+                io.Float.Input("min_lr_ratio", default=default["min_lr_ratio"], min=0.0, max=1.0, step=0.01, round=0.001,
+                               optional=True, advanced=True,
+                               tooltip="What the learning rate falls to, as a share of the full one. Not for constant."),
+                io.Int.Input("decay_steps", default=default["decay_steps"], min=0, max=1000000, optional=True, advanced=True,
+                             tooltip="Of warmup_stable_decay: over how many last steps the learning rate falls."),
+                io.Int.Input("cycles", default=default["cycles"], min=1, max=1000, optional=True, advanced=True,
+                             tooltip="Of cosine_with_restarts: how often it falls."),
+                io.Float.Input("power", default=default["power"], min=0.01, max=100.0, step=0.1, round=0.01, optional=True,
+                               advanced=True, tooltip="Of polynomial: 1 falls in a line, 2 quickly at first."),
+                io.String.Input("arguments", default=default["arguments"], optional=True, advanced=True,
+                                tooltip="More for the optimizer, as name=value: betas=[0.9,0.99] d_coef=2. A wrong name is answered "
+                                "with those that it takes."),
             ],
-            outputs=[handles.Optimizer.Output("optimizer", display_name="optimizer")],
+            outputs=[handles.Optimizer.Output("optimizer_settings", display_name="optimizer")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
-        cls, learning_rate, weight_decay, warmup_steps, gradient_accumulation, max_grad_norm
-    ) -> bool | str:
-        return _checked(
-            OptimizerSettings, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            gradient_accumulation=gradient_accumulation, max_grad_norm=max_grad_norm,
-        )  # fmt: skip
+    def validate_inputs(cls, **settings) -> bool | str:
+        return _checked(OptimizerSettings, check=lambda made: made.kind.check_installed(), **settings)
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
@@ -149,30 +221,90 @@ class TimestepSettingsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = _defaults(TimestepSettings)
+        samplings = "; ".join(f"{name}: {sampling.title}" for name, sampling in SAMPLINGS.items())
         return io.Schema(
             node_id="VideoLoRATimestepSettings",
             display_name="Timestep Settings",
             category=CATEGORY,
-            description="Which noise levels are trained. Without this node the model's recommended flow shift is used.",
+            description="Which noise levels are trained; Show Timesteps draws them. Without this node: 'shift' sampling, with the flow "
+            "shift recommended for the model.",
             inputs=[
-                io.Float.Input("shift", default=default["shift"], min=0.1, max=100.0, step=0.1, round=0.01,
-                               tooltip="Flow shift, for 'shift' sampling: higher trains composition and motion more, lower trains "
-                               "detail more. 3 is a good start for Wan 2.1."),
+                io.Float.Input("shift", default=default["shift"], min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="Flow shift: higher trains composition and motion more, lower trains detail more. 0: what is "
+                               "recommended for the model."),
                 io.Float.Input("sigmoid_scale", default=default["sigmoid_scale"], min=0.1, max=100.0, step=0.1, round=0.01,
-                               tooltip="Spread of 'sigmoid' and 'shift' sampling. Rarely needs a change."),
-                io.Combo.Input("sampling", options=list(SAMPLINGS), default=default["sampling"],
-                               tooltip="shift: as the sampler sees it; sigmoid: mostly the middle; uniform: all alike."),
+                               tooltip="Spread of the samplings around the middle. Rarely needs a change."),
+                io.Combo.Input("sampling", options=list(SAMPLINGS), default=default["sampling"], tooltip=f"{samplings}."),
+                io.Int.Input("min_timestep", default=default["min_timestep"], min=0, max=999, optional=True,
+                             tooltip="The lowest timestep to train, of 0 (clean) to 1000 (noise). Raise it to train no details."),
+                io.Int.Input("max_timestep", default=default["max_timestep"], min=1, max=1000, optional=True,
+                             tooltip="The highest timestep to train. Lower it to leave composition and motion alone."),
+                io.Boolean.Input("preserve_distribution_shape", default=default["preserve_distribution_shape"], optional=True,
+                                 advanced=True, tooltip="Cuts the range out of the distribution, as one expert of two wants it; else all "
+                                 "of the distribution is pressed into the range."),
+                io.Int.Input("buckets", default=default["buckets"], min=0, max=1000, optional=True, advanced=True,
+                             tooltip="Spreads so many draws in a row evenly over the distribution. 8 to 32 steady the loss with few "
+                             "clips. 0 switches it off."),
+                io.Combo.Input("weighting", options=list(WEIGHTINGS), default=default["weighting"], optional=True, advanced=True,
+                               tooltip="What a timestep counts in the loss. none: all alike; cosmap: the middle a little more; "
+                               "sigma_sqrt: the lowest far more."),
+                io.Combo.Input("density", options=list(DENSITIES), default=default["density"], optional=True, advanced=True,
+                               tooltip="Of 'sigma' sampling: how often each of its 1000 timesteps is drawn."),
+                io.Float.Input("logit_mean", default=default["logit_mean"], min=-10.0, max=10.0, step=0.1, round=0.01, optional=True,
+                               advanced=True, tooltip="Centre of 'logsnr' and of density 'logit_normal'."),
+                io.Float.Input("logit_std", default=default["logit_std"], min=0.1, max=10.0, step=0.1, round=0.01, optional=True,
+                               advanced=True, tooltip="Spread of 'logsnr' and of density 'logit_normal'."),
+                io.Float.Input("mode_scale", default=default["mode_scale"], min=-1.0, max=1.75, step=0.01, round=0.01, optional=True,
+                               advanced=True, tooltip="Of density 'mode': above 0 more of the middle, below 0 more of the ends."),
             ],
             outputs=[handles.Timesteps.Output("timesteps", display_name="timesteps")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, shift, sigmoid_scale, sampling) -> bool | str:
-        return _checked(TimestepSettings, shift=shift, sigmoid_scale=sigmoid_scale, sampling=sampling)
+    def validate_inputs(cls, **settings) -> bool | str:
+        return _checked(TimestepSettings, **settings)
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
         return io.NodeOutput(TimestepSettings(**settings))
+
+
+class ShowTimesteps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRAShowTimesteps",
+            display_name="Show Timesteps",
+            category=CATEGORY,
+            description="Draws which noise levels timestep settings train, and how much each counts, before hours go into it.",
+            inputs=[
+                handles.DiT.Input("dit", tooltip="The model to be trained: it has a recommended flow shift."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16,
+                             tooltip="Of the clips, for flux_shift, qwen_shift and qinglong samplings, which depend on it."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the clips, as their width."),
+                handles.Timesteps.Input("timesteps", optional=True,
+                                        tooltip="The settings. Without them: what training does without them."),
+            ],
+            outputs=[
+                io.Image.Output("picture", display_name="picture"),
+                io.String.Output("report", display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, dit: handles.DiTFile, width: int, height: int, timesteps: TimestepSettings | None = None) -> io.NodeOutput:  # fmt: skip
+        latent = dit.family.latent
+        tokens = latent.tokens(latent.latents(VideoSize(1, height, width)))
+        settings = timesteps or TimestepSettings()
+        picture, report = chart.show(settings, dit.variant.training_shift, tokens, f"{width}x{height}")
+        say(report, cls.hidden.unique_id)
+        return io.NodeOutput(_image(picture), report)
+
+
+def _image(picture: Image.Image) -> torch.Tensor:
+    """(1, H, W, 3) in 0..1, as ComfyUI's IMAGE."""
+    return torch.from_numpy(np.asarray(picture).copy()).float().div(255)[None]
 
 
 class MemorySettingsNode(io.ComfyNode):

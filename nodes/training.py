@@ -16,11 +16,13 @@ from ..core.data.config import describe
 from ..core.io import safetensors
 from ..core.io.files import fingerprint
 from ..core.lora.loraid import Loraid, allocate
+from ..core.lora.network import read_start
 from ..core.lora.stack import StackEntry
 from ..core.training import run as runs
 from ..core.training.job import (
     Job,
-    TimestepSettings,
+    NetworkSettings,
+    OptimizerSettings,
     TrainingItem,
     TrainingSet,
 )
@@ -53,7 +55,7 @@ class Train(io.ComfyNode):
                              tooltip="The same seed and data give the same LoRA."),
                 handles.LoraidType.Input("loraid", optional=True,
                                          tooltip="Train only the share of this LORAID. Without it the whole model is adapted."),
-                handles.Network.Input("network", optional=True, tooltip="Rank and alpha."),
+                handles.Network.Input("network", optional=True, tooltip="Kind, rank and alpha."),
                 handles.Optimizer.Input("optimizer", optional=True, tooltip="Learning rate and more."),
                 handles.Timesteps.Input("timesteps", optional=True, tooltip="Which noise levels are trained."),
                 handles.Memory.Input("memory", optional=True, tooltip="What to trade for memory."),
@@ -74,11 +76,28 @@ class Train(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(
-        cls, dit: handles.DiTFile, name: str, loraid: Loraid | None = None, latents=None, text=None, **_
+        cls,
+        dit: handles.DiTFile,
+        name: str,
+        steps: int,
+        loraid: Loraid | None = None,
+        latents=None,
+        text=None,
+        **settings,
     ) -> list[str]:
         """Everything that is cheap to check comes before the caches, which may take hours."""
-        if loraid is not None:
-            allocate(dit.matrices, loraid)
+        rows = (
+            allocate(dit.matrices, loraid).rows
+            if loraid
+            else {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
+        )
+        network = settings.get("network", NetworkSettings())
+        rows = network.chosen(rows, (matrix.name for matrix in dit.matrices))
+        if network.start_from:
+            read_start(network, rows, dit.matrices, dit.variant.title)
+        optimizer = settings.get("optimizer", OptimizerSettings())
+        optimizer.kind.check_installed()
+        optimizer.check(steps)
         if dit.loras:
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
@@ -89,7 +108,6 @@ class Train(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache, name: str, steps: int,
                 seed: int, loraid: Loraid | None = None, **settings: Any) -> io.NodeOutput:  # fmt: skip
-        settings.setdefault("timesteps", TimestepSettings(shift=dit.variant.training_shift))
         target = paths.output_file("loras", name)
         job = Job(
             name=str(target.relative_to(paths.output_folder("loras")).with_suffix("").as_posix()),

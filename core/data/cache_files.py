@@ -28,12 +28,60 @@ def text_path(cache: Path, key: str, family: Family) -> Path:
     return cache / f"{key}_{family.short}_te.safetensors"
 
 
+def _header(path: Path) -> safetensors.Header | None:
+    try:
+        return safetensors.read_header(path)
+    except (OSError, ValueError):
+        return None
+
+
 def is_current(path: Path, fingerprint: str) -> bool:
     """Whether the file is whole and was made from exactly what `fingerprint` stands for."""
-    try:
-        return safetensors.read_header(path).metadata.get(_FINGERPRINT) == fingerprint
-    except (OSError, ValueError):
-        return False
+    header = _header(path)
+    return header is not None and header.metadata.get(_FINGERPRINT) == fingerprint
+
+
+def is_foreign_latents(path: Path, size: VideoSize, family: Family) -> bool:
+    """Whether another trainer left whole latents of this size (of latents) here. From which clip and VAE they were
+    made is not written in such a file."""
+    header = _foreign(path, family)
+    shape = (family.latent.channels, *size)
+    return header is not None and any(
+        name.startswith("latents_") and info.shape == shape for name, info in header.tensors.items()
+    )
+
+
+def is_foreign_text(path: Path, caption: str, family: Family) -> bool:
+    """Whether another trainer left the whole text states of this caption here."""
+    header = _foreign(path, family)
+    return (
+        header is not None
+        and header.metadata.get("caption1") == caption
+        and {_without_dtype(name) for name in header.tensors} == set(family.text_states)
+    )
+
+
+def _foreign(path: Path, family: Family) -> safetensors.Header | None:
+    header = _header(path)
+    if header is None or _FINGERPRINT in header.metadata or header.metadata.get("architecture") != family.name:
+        return None
+    return header
+
+
+def ours(cache: Path, family: Family) -> list[Path]:
+    """All files in a cache folder that this pack made for this family, latents and text."""
+    endings = (f"_{family.short}.safetensors", f"_{family.short}_te.safetensors")
+    found = [path for path in sorted(cache.glob("*.safetensors")) if path.name.endswith(endings)]
+    return [path for path in found if (header := _header(path)) and _FINGERPRINT in header.metadata]
+
+
+def is_text(path: Path) -> bool:
+    return path.stem.endswith("_te")
+
+
+def latent_bytes(size: VideoSize, family: Family) -> int:
+    """Bytes of a latent file's data for latents of this size."""
+    return family.latent.channels * size.frames * size.height * size.width * family.cache_dtype.itemsize
 
 
 def save_latents(path: Path, latents: Tensor, size: VideoSize, family: Family, fingerprint: str) -> None:
@@ -43,7 +91,8 @@ def save_latents(path: Path, latents: Tensor, size: VideoSize, family: Family, f
     latents = latents.to(family.cache_dtype)
     if not torch.isfinite(latents).all():
         raise ValueError(
-            f"the VAE gave values that are not finite for {path.name}: the VAE file may be damaged, get it again."
+            f"the VAE gave values that are not finite for {path.name}: the VAE file may be damaged, get it again, or choose "
+            "another precision in Load Video VAE."
         )
     shape = "x".join(str(side) for side in latents.shape[1:])
     metadata = {

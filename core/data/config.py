@@ -61,6 +61,11 @@ class DatasetConfig:
             raise ValueError(f"source_fps is {self.source_fps}: use the frame rate of the videos.")
 
     @property
+    def noun(self) -> str:
+        """What one of its items is called."""
+        return "clip" if self.kind == "video" else "image"
+
+    @property
     def title(self) -> str:
         return (self.folder or self.jsonl).name
 
@@ -179,14 +184,7 @@ def _dataset(table: Any, general: Mapping[str, Any], where: str, resolve: Callab
     cache = values.pop("cache_directory", None)
     if cache is None and role == "jsonl":
         raise ValueError("a JSONL data set needs a cache_directory.")
-    return DatasetConfig(
-        kind=kind, **{role: source}, cache=resolve(cache) if cache is not None else default_cache(source), **values
-    )
-
-
-def default_cache(folder: Path) -> Path:
-    """Where the caches of a folder of clips lie unless said otherwise: beside them, in a folder of their own."""
-    return folder / CACHE_FOLDER
+    return DatasetConfig(kind=kind, **{role: source}, cache=resolve(cache) if cache is not None else source, **values)
 
 
 def _values(table: Any, known: Mapping[str, Callable], where: str) -> dict[str, Any]:

@@ -25,10 +25,11 @@ class Item:
 
 
 def find_items(config: DatasetConfig, resolve: Callable[[str], Path] = Path) -> list[Item]:
-    """All items of a data set, sorted. Raises ValueError when there are none or a caption is missing."""
+    """All items of a data set, sorted. Raises ValueError when there are none, or that names all unusable captions."""
     rows = _from_jsonl(config, resolve) if config.jsonl is not None else _from_folder(config)
     stems = Counter(source.stem for source, _ in rows)
-    return [Item(source, caption, _key(source, caption, stems)) for source, caption in rows]
+    uses = Counter(source for source, _ in rows)
+    return [Item(source, caption, _key(source, caption if uses[source] > 1 else "", stems)) for source, caption in rows]
 
 
 def _key(source: Path, caption: str, stems: Counter) -> str:
@@ -44,58 +45,82 @@ def media_files(folder: Path, extensions: frozenset[str]) -> list[Path]:
 
 
 def _from_folder(config: DatasetConfig) -> list[tuple[Path, str]]:
-    sources = media_files(config.folder, VIDEOS if config.kind == "video" else IMAGES)
+    extensions = VIDEOS if config.kind == "video" else IMAGES
+    sources = media_files(config.folder, extensions)
+    if config.kind == "video":
+        sources = sorted([*sources, *_frame_folders(config.folder, config.caption_extension)])
     if not sources:
-        kinds = VIDEOS if config.kind == "video" else IMAGES
-        raise ValueError(f"the folder {config.folder} holds no {config.kind}s ({', '.join(sorted(kinds))}).")
-    missing = [source.name for source in sources if not source.with_suffix(config.caption_extension).is_file()]
-    if missing:
+        raise ValueError(f"the folder {config.folder} holds no {config.kind}s ({', '.join(sorted(extensions))}).")
+    rows, problems = [], []
+    for source in sources:
+        try:
+            rows.append((source, _caption(_caption_path(source, config.caption_extension))))
+        except ValueError as error:
+            problems.append(f"{source.name} ({error})")
+    if problems:
         raise ValueError(
-            f"{len(missing)} of {len(sources)} {config.kind}s in {config.folder} have no caption: {_some(missing)}. "
-            f"Write a '{config.caption_extension}' file with the same name beside each of them."
+            f"{len(problems)} of {len(sources)} {config.kind}s in {config.folder} have no usable caption: {_some(problems)}. "
+            f"Each needs a text file with its name and '{config.caption_extension}' beside it."
         )
-    return [(source, _caption(source.with_suffix(config.caption_extension))) for source in sources]
+    return rows
+
+
+def _frame_folders(folder: Path, caption_extension: str) -> list[Path]:
+    """Folders of images that stand for clips: those with a caption beside them."""
+    return [path for path in folder.iterdir() if path.is_dir() and _caption_path(path, caption_extension).is_file()]
+
+
+def _caption_path(source: Path, extension: str) -> Path:
+    return source.with_name(source.name + extension) if source.is_dir() else source.with_suffix(extension)
 
 
 def _caption(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
     caption = _text(path).strip()
     if not caption:
-        raise ValueError(f"the caption {path} is empty: describe what is to be seen.")
+        raise ValueError(f"{path.name} is empty: describe what is to be seen")
     return caption
 
 
 def _from_jsonl(config: DatasetConfig, resolve: Callable[[str], Path]) -> list[tuple[Path, str]]:
-    field = f"{config.kind}_path"
-    rows = []
+    rows, problems = [], []
     for number, line in enumerate(_text(config.jsonl).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{config.jsonl.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(field), str) or not isinstance(row.get("caption"), str):
-            raise ValueError(f'{where}: it must have "{field}" and "caption" as texts.')
-        if "control_path" in row:
-            raise ValueError(f"{where}: 'control_path' cannot be used, control data is not supported.")
-        if not row["caption"].strip():
-            raise ValueError(f"{where}: the caption is empty.")
-        source = resolve(row[field])
-        if not source.exists():
-            raise ValueError(f"{where}: {source} does not exist.")
-        rows.append((source, row["caption"].strip()))
+        if line.strip():
+            try:
+                rows.append(_row(line, f"{config.kind}_path", resolve))
+            except ValueError as error:
+                problems.append(f"{config.jsonl.name}, line {number}: {error}")
+    if problems:
+        raise ValueError(_some(problems))
     if not rows:
         raise ValueError(f"{config.jsonl} is empty.")
     return sorted(rows)
+
+
+def _row(line: str, field: str, resolve: Callable[[str], Path]) -> tuple[Path, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(field), str) or not isinstance(row.get("caption"), str):
+        raise ValueError(f'it must have "{field}" and "caption" as texts.')
+    if "control_path" in row:
+        raise ValueError("'control_path' cannot be used, control data is not supported.")
+    if not row["caption"].strip():
+        raise ValueError("the caption is empty.")
+    source = resolve(row[field])
+    if not source.exists():
+        raise ValueError(f"{source} does not exist.")
+    return source, row["caption"].strip()
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+        raise ValueError(f"{path.name} is not UTF-8 text: save it as UTF-8") from error
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _some(problems: list[str]) -> str:
+    return ", ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")

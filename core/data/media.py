@@ -127,7 +127,7 @@ class _Video:
             self.turns = _quarter_turns(path)
             self.rate = source_fps or float(self.stream.average_rate or self.stream.guessed_rate or 0)
         except (OSError, av.error.FFmpegError) as error:
-            raise UnreadableMedia(f"the video cannot be opened ({error})") from error
+            raise UnreadableMedia(f"the video cannot be opened ({error.strerror or error})") from error
         if not self.rate:
             self.container.close()
             raise UnreadableMedia("its frame rate is unknown: give source_fps")
@@ -147,7 +147,7 @@ class _Video:
             packets = self.container.demux(self.stream)
             times = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
         except av.error.FFmpegError as error:
-            raise UnreadableMedia(f"the video is damaged ({error})") from error
+            raise UnreadableMedia(f"the video is damaged ({error.strerror or error})") from error
         if not times:
             raise UnreadableMedia("it has no frames")
         if self.converts(fps):
@@ -178,7 +178,7 @@ class _Video:
                 time = index / self.rate if pts is None else float((pts - (start or 0)) * frame.time_base)
                 yield time, pixels[top : top + size[1], left : left + size[0]]
         except av.error.FFmpegError as error:
-            raise UnreadableMedia(f"the video is damaged ({error})") from error
+            raise UnreadableMedia(f"the video is damaged ({error.strerror or error})") from error
 
 
 def _video_frames(path: Path, size: tuple[int, int], fps: float, source_fps: float | None) -> Iterator[np.ndarray]:

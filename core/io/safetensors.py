@@ -123,10 +123,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file atomically."""
-    layout = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    with writing(path, layout, metadata) as file:
+    with writing(path, _layout(tensors), metadata) as file:
         for tensor in tensors.values():
             file.write(tensor_bytes(tensor))
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
 
 
 @contextmanager
@@ -134,6 +137,18 @@ def writing(
     path: Path, layout: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
 ) -> Iterator[BinaryIO]:
     """A file with the header for `layout`, to which the block writes the tensors' bytes in that order; atomic."""
+    header, size = _header(layout, metadata)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        yield file
+        written = file.tell() - len(header)
+        assert written == size, f"{path.name}: wrote {written} bytes of data where the header says {size}"
+
+
+def _header(
+    layout: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """The bytes before the data, and how many bytes of data follow."""
     entries: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, shape, dtype in layout:
@@ -142,11 +157,7 @@ def writing(
         position = end
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-(8 + len(raw)) % 256)  # aligned data can be mapped straight into tensors
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        yield file
-        written = file.tell() - 8 - len(raw)
-        assert written == position, f"{path.name}: wrote {written} bytes of data where the header says {position}"
+    return struct.pack("<Q", len(raw)) + raw, position
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -162,6 +173,20 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         hasher.update(name.encode())
         hasher.update(tensor_bytes(tensors[name]))
     return hasher.hexdigest()
+
+
+def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The two hashes that image tools know a LoRA file by: SHA-256 of its data, and the first 8 digits of that of 64 KiB
+    from 1 MiB on, of a file with only this metadata."""
+    data, window, position = hashlib.sha256(), hashlib.sha256(), 0
+    start, stop = 1 << 20, (1 << 20) + (1 << 16)
+    header, _ = _header(_layout(tensors), metadata)
+    for index, part in enumerate((memoryview(header), *map(tensor_bytes, tensors.values()))):
+        if index:
+            data.update(part)
+        window.update(part[max(0, start - position) : max(0, stop - position)])
+        position += len(part)
+    return data.hexdigest(), window.hexdigest()[:8]
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, stop: int) -> None:

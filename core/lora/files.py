@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..io import safetensors
+from .factors import Factors, LoHaFactors, LoKrFactors, LoRAFactors
 from .inventory import Matrix
-from .loraid import Rows
 
 _STEM = "lora_unet_"
 # Prefixes of the modules' paths, dotted or with underscores for dots, as different trainers write them.
@@ -30,26 +29,15 @@ _SUFFIXES = {
     ".lora_A": "down", ".lora_B": "up",
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
 }  # fmt: skip
-_OTHER_KINDS = re.compile(r"(hada_w\d|lokr_w\d|oft_|boft_|\.diff(_b|_m)?$|dora_scale)")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One matrix's LoRA: delta = alpha / rank * up @ down."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.down.shape[0]
-
-    @cached_property
-    def touched(self) -> Rows:
-        """The output rows [start, stop) outside of which `up` is zero: what it really changes."""
-        rows = self.up.ne(0).any(dim=1).nonzero()
-        return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+_SUFFIXES |= {
+    f".{role}": role
+    for role in (
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+    )
+}  # fmt: skip
+_WRITTEN = {"down": "lora_down.weight", "up": "lora_up.weight"}  # other roles are written as they are called
+_OTHER_KINDS = re.compile(r"(hada_t\d|lokr_t2|oft_|boft_|\.diff(_b|_m)?$|dora_scale)")
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,8 @@ def read(path: Path, matrices: Iterable[Matrix], title: str) -> LoRAFile:
     tensors, metadata = safetensors.load(path)
     if any(_OTHER_KINDS.search(key) for key in tensors):
         raise ValueError(
-            f"{path.name} is no plain LoRA (LoHa, LoKr, DoRA and full differences cannot be read). Use a plain LoRA."
+            f"{path.name} is neither a LoRA nor a LoHa or LoKr of matrices (DoRA, OFT, full differences and convolutions "
+            "cannot be read). Use one of these."
         )
     by_name = {matrix.name: matrix for matrix in matrices}
     by_stem = {name.replace(".", "_"): name for name in by_name} | {name: name for name in by_name}
@@ -102,21 +91,60 @@ def _resolve(key: str, by_stem: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def _factors(path: Path, matrix: Matrix, found: Mapping[str, Tensor]) -> Factors:
-    if "down" not in found or "up" not in found:
+    parts = {role: value.float() for role, value in found.items() if role != "alpha"}
+    for value in parts.values():
+        if value.ndim != 2:
+            raise ValueError(f"{path.name}: '{matrix.name}' has factors of {value.ndim} dimensions, a matrix's have 2: this is a "
+                             "LoRA for convolutions, which this model has none of.")  # fmt: skip
+    for roles, make in _KINDS:
+        if parts and parts.keys() == roles:
+            factors = make(parts, float(found["alpha"]) if "alpha" in found else None)
+            break
+    else:
         raise ValueError(
             f"{path.name}: '{matrix.name}' has only {' and '.join(found)}: the file is damaged, get it again."
         )
-    down, up = found["down"].float(), found["up"].float()
-    if down.ndim != 2 or up.ndim != 2:
-        raise ValueError(f"{path.name}: '{matrix.name}' has factors of {down.ndim} dimensions, a matrix's have 2: this is a LoRA "
-                         "for convolutions, which this model has none of.")  # fmt: skip
-    if up.shape != (matrix.rows, down.shape[0]) or down.shape[1] != matrix.columns:
+    fits = all(a.shape[1] == b.shape[0] for a, b in factors.products)
+    if not fits or factors.shape != (matrix.rows, matrix.columns):
         raise ValueError(
-            f"{path.name}: '{matrix.name}' is for a matrix of {up.shape[0]} x {down.shape[-1]}, this model's is "
+            f"{path.name}: '{matrix.name}' is for a matrix of {factors.shape[0]} x {factors.shape[1]}, this model's is "
             f"{matrix.rows} x {matrix.columns}: the LoRA belongs to another size of the model."
         )
-    # Without an alpha the delta is up @ down as it stands.
-    return Factors(down, up, float(found["alpha"]) if "alpha" in found else float(down.shape[0]))
+    return factors
+
+
+def _lora(parts: Mapping[str, Tensor], alpha: float | None) -> LoRAFactors:
+    return LoRAFactors(parts["down"], parts["up"], _or_rank(alpha, parts["down"]))
+
+
+def _loha(parts: Mapping[str, Tensor], alpha: float | None) -> LoHaFactors:
+    factors = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    return LoHaFactors(*factors, _or_rank(alpha, parts["hada_w1_b"]))
+
+
+def _lokr(parts: Mapping[str, Tensor], alpha: float | None) -> LoKrFactors:
+    """alpha counts where a factor is divided; with both divided, w2's rank is the one it is divided by."""
+    w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if "lokr_w2" not in parts:
+        return LoKrFactors(w1, parts["lokr_w2_a"], parts["lokr_w2_b"], _or_rank(alpha, parts["lokr_w2_b"]))
+    if "lokr_w1" not in parts and alpha is not None:
+        w1 = w1 * (alpha / parts["lokr_w1_b"].shape[0])
+    return LoKrFactors(w1, parts["lokr_w2"], None, 1.0)
+
+
+def _or_rank(alpha: float | None, by_rank: Tensor) -> float:
+    """Without an alpha the delta is the product as it stands."""
+    return float(by_rank.shape[0]) if alpha is None else alpha
+
+
+_KINDS: tuple[tuple[set[str], Callable[[Mapping[str, Tensor], float | None], Factors]], ...] = (
+    ({"down", "up"}, _lora),
+    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _loha),
+    ({"lokr_w1", "lokr_w2"}, _lokr),
+    ({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}, _lokr),
+    ({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}, _lokr),
+    ({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}, _lokr),
+)
 
 
 def _foreign(path: Path, keys: list[str], metadata: Mapping[str, str], title: str) -> str:
@@ -133,6 +161,8 @@ def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str]
     for name, factor in factors.items():
         stem = _STEM + name.replace(".", "_")
         tensors[f"{stem}.alpha"] = torch.tensor(factor.alpha)  # float32: rounded, it would scale what was trained
-        tensors[f"{stem}.lora_down.weight"] = factor.down
-        tensors[f"{stem}.lora_up.weight"] = factor.up
-    safetensors.save(path, tensors, {**metadata, "videolora_hash": safetensors.sha256_of_tensors(tensors)})
+        tensors |= {f"{stem}.{_WRITTEN.get(role, role)}": value for role, value in factor.tensors().items()}
+    trained = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    model, legacy = safetensors.model_hashes(tensors, trained)
+    hashes = {"sshs_model_hash": model, "sshs_legacy_hash": legacy}
+    safetensors.save(path, tensors, {**metadata, **hashes, "videolora_hash": safetensors.sha256_of_tensors(tensors)})

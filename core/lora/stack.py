@@ -11,7 +11,7 @@ import torch
 
 from ..family import Family, Variant
 from . import files, loraid
-from .adapter import LoRA, Several
+from .adapter import Several
 from .files import LoRAFile
 from .inventory import Matrix
 
@@ -119,12 +119,9 @@ def adapters(stack: Sequence[LoadedLoRA], device: torch.device, dtype: torch.dty
     found: dict[str, list[torch.nn.Module]] = {}
     for lora in stack:
         for name, factors in lora.file.factors.items():
-            start, stop = factors.touched
-            if start < stop:
-                adapter = LoRA(
-                    factors.down, factors.up[start:stop], factors.scale * lora.entry.multiplier, (start, stop)
-                )
-                found.setdefault(name, []).append(adapter.to(device, dtype).requires_grad_(False))
+            if factors.touched != (0, 0):
+                adapter = factors.adapter(factors.touched, lora.entry.multiplier).to(device, dtype)
+                found.setdefault(name, []).append(adapter.requires_grad_(False))
     return {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in found.items()}
 
 
@@ -134,9 +131,11 @@ def report(stack: Sequence[LoadedLoRA], switched_off: int = 0) -> str:
     for lora in stack:
         unmatched = lora.file.unmatched
         ignored = f", {len(unmatched)} keys belong to no matrix: {', '.join(unmatched[:3])}" if unmatched else ""
-        ranks = sorted({factors.down.shape[0] for factors in lora.file.factors.values()})
+        ranks = sorted({factors.rank for factors in lora.file.factors.values()})
+        kinds = sorted({factors.kind for factors in lora.file.factors.values()} - {"lora"})
+        kind = f" {', '.join(kinds)}," if kinds else ""
         lines.append(
-            f"{_titled(lora)} x {lora.entry.multiplier:g}: {len(lora.file.factors)} matrices, "
+            f"{_titled(lora)} x {lora.entry.multiplier:g}:{kind} {len(lora.file.factors)} matrices, "
             f"rank {', '.join(map(str, ranks))}{ignored}"
         )
     if switched_off:

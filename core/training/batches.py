@@ -13,8 +13,10 @@ from torch import Tensor
 from ..data import cache_files
 from ..family import Family
 from ..flow import noised, velocity
+from ..shapes import VideoSize
 from .job import Job, TrainingItem, TrainingSet
-from .timesteps import SAMPLINGS
+from .loss import WEIGHTINGS
+from .timesteps import distribution, draw
 
 
 def epoch(datasets: Sequence[TrainingSet], seed: int, number: int) -> list[tuple[TrainingItem, ...]]:
@@ -33,19 +35,25 @@ def epoch(datasets: Sequence[TrainingSet], seed: int, number: int) -> list[tuple
     return batches
 
 
+_EVEN = torch.ones(1)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: noisy latents and target velocity (B, C, F, H, W), sigma (B,), the transformer's conditions."""
+    """One forward pass: noisy latents and target velocity (B, C, F, H, W), sigma (B,), the transformer's conditions, the
+    weight of each sample's loss (B,), and the seed of whatever else is random in it."""
 
     latents: Tensor
     target: Tensor
     sigma: Tensor
     conditions: dict[str, Tensor]
+    weight: Tensor = _EVEN
+    seed: int = 0
 
 
-def generator(seed: int, step: int, part: int) -> torch.Generator:
-    """Random numbers for one part of one step, the same in whichever process the step runs."""
-    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{part}").getrandbits(63))
+def _seed(*path: object) -> int:
+    """A seed for one part of the work, the same in whichever process does it."""
+    return random.Random("/".join(map(str, path))).getrandbits(63)
 
 
 def steps(job: Job, family: Family, first: int) -> Iterator[list[Batch]]:
@@ -53,26 +61,55 @@ def steps(job: Job, family: Family, first: int) -> Iterator[list[Batch]]:
     per_step = job.optimizer.gradient_accumulation
     order = _order(job, skip=first * per_step)
     for step in range(first, job.steps):
-        yield [make_batch(job, family, next(order), generator(job.seed, step, part)) for part in range(per_step)]
+        seeds = [_seed(job.seed, step, part) for part in range(per_step)]
+        yield [make_batch(job, family, *next(order), seed) for seed in seeds]
 
 
-def _order(job: Job, skip: int) -> Iterator[tuple[TrainingItem, ...]]:
-    number, length = 0, len(epoch(job.datasets, job.seed, 0))
-    number, skip = divmod(skip, length)
+def _order(job: Job, skip: int) -> Iterator[tuple[int, tuple[TrainingItem, ...]]]:
+    """All batches after the first `skip`, each with the number of samples before it."""
+    first = epoch(job.datasets, job.seed, 0)
+    samples = sum(map(len, first))
+    number, skip = divmod(skip, len(first))
     while True:
-        yield from epoch(job.datasets, job.seed, number)[skip:]
+        before = number * samples
+        for index, items in enumerate(epoch(job.datasets, job.seed, number)):
+            if index >= skip:
+                yield before, items
+            before += len(items)
         number, skip = number + 1, 0
 
 
-def steps_per_epoch(job: Job) -> int:
-    """Optimizer steps that see all data once (rounded up)."""
-    return -(-len(epoch(job.datasets, job.seed, 0)) // job.optimizer.gradient_accumulation)
+def batches_per_epoch(job: Job) -> int:
+    return len(epoch(job.datasets, job.seed, 0))
 
 
-def make_batch(job: Job, family: Family, items: Sequence[TrainingItem], rng: torch.Generator) -> Batch:
-    """Read the cached samples and noise them."""
+def epoch_of(step: int, job: Job, per_epoch: int) -> int:
+    """The epoch (from 1) that `step` (from 1) ends in, of `per_epoch` batches."""
+    return -(-step * job.optimizer.gradient_accumulation // per_epoch)
+
+
+def make_batch(job: Job, family: Family, before: int, items: Sequence[TrainingItem], seed: int) -> Batch:
+    """Read the cached samples and noise them. `before` is the number of samples that training saw before them."""
+    rng = torch.Generator().manual_seed(seed)
     data = torch.stack([cache_files.load_latents(Path(item.latents), family) for item in items])
     noise = torch.randn(data.shape, generator=rng)
-    sigma = SAMPLINGS[job.timesteps.sampling](len(items), job.timesteps, rng)
+    tokens = family.latent.tokens(VideoSize(1, *data.shape[3:]))
+    levels = distribution(job.timesteps, family.variants[job.variant].training_shift, tokens)
+    sigma = draw(levels, uniform(job, before, len(items), rng))
+    weight = WEIGHTINGS[job.timesteps.weighting](sigma)
     conditions = family.conditions([cache_files.load_text(Path(item.text)) for item in items])
-    return Batch(noised(data, noise, sigma), velocity(data, noise), sigma, conditions)
+    return Batch(noised(data, noise, sigma), velocity(data, noise), sigma, conditions, weight, seed)
+
+
+def uniform(job: Job, before: int, count: int, rng: torch.Generator) -> Tensor:
+    """Uniform numbers (count,) for samples number `before` and on.
+
+    With n buckets each run of n consecutive samples has one number in each n-th of 0..1, in an order that is drawn anew
+    for every run and follows from the samples' numbers.
+    """
+    u, buckets = torch.rand(count, generator=rng, dtype=torch.float64), job.timesteps.buckets
+    if buckets < 2:
+        return u
+    numbers = [divmod(number, buckets) for number in range(before, before + count)]
+    orders = {run: random.Random(f"{job.seed}/buckets/{run}").sample(range(buckets), buckets) for run, _ in numbers}
+    return (torch.tensor([orders[run][place] for run, place in numbers]) + u) / buckets

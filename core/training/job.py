@@ -2,74 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checks import require
 from ..io.files import digest, read_json
 from ..lora.loraid import Loraid
+from ..lora.network import NetworkSettings
 from ..modules.attention import BACKENDS
-from .timesteps import SAMPLINGS
+from .optimizers import OptimizerSettings
+from .timesteps import TimestepSettings
 
 VERSION = 1
 BASE_PRECISIONS = ("auto", "bfloat16", "float32", "float16", "fp8", "fp8_scaled")
 MEMORY_MODES = ("auto", "manual")
 FILE_PRECISIONS = ("bfloat16", "float16", "float32")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkSettings:
-    """The adapter: delta = alpha / rank * up @ down."""
-
-    rank: int = 16
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"LoRA rank is {self.rank}: use 1 or more (16 is a good start).")
-        _require(0 < self.alpha < math.inf, f"LoRA alpha is {self.alpha}: use a number above 0, such as the rank.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
-
-    learning_rate: float = 2e-4
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    gradient_accumulation: int = 1
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        rate = self.learning_rate
-        _require(0 < rate <= 1, f"learning rate is {rate}: use a number above 0 and up to 1 (2e-4 is a good start).")
-        _require(0 <= self.weight_decay < 1, f"weight decay is {self.weight_decay}: use 0 or a little more (0.01).")
-        _require(self.warmup_steps >= 0, f"warm-up is {self.warmup_steps} steps: use 0 or more.")
-        _require(
-            self.gradient_accumulation >= 1, f"gradient accumulation is {self.gradient_accumulation}: use 1 or more."
-        )
-        _require(self.max_grad_norm >= 0, f"max gradient norm is {self.max_grad_norm}: use 1.0, or 0 for no limit.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimestepSettings:
-    """How noise levels are drawn; see `timesteps.py`."""
-
-    sampling: str = "shift"
-    shift: float = 3.0
-    sigmoid_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require(self.sampling in SAMPLINGS, f"timestep sampling '{self.sampling}': use one of {', '.join(SAMPLINGS)}.")
-        _require(0 < self.shift <= 100, f"flow shift is {self.shift}: use a number above 0 (3 is a good start).")
-        _require(
-            0 < self.sigmoid_scale <= 100, f"sigmoid scale is {self.sigmoid_scale}: use a number above 0, usually 1."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +46,9 @@ class MemorySettings:
     def __post_init__(self) -> None:
         for title, value, allowed in (("precision", self.precision, BASE_PRECISIONS), ("mode", self.mode, MEMORY_MODES),
                                       ("attention", self.attention, BACKENDS)):  # fmt: skip
-            _require(value in allowed, f"{title} '{value}': use one of {', '.join(allowed)}.")
-        _require(self.block_swap >= 0, f"block swap is {self.block_swap}: use 0 or the number of blocks to stream.")
-        _require(self.mode == "auto" or self.gradient_checkpointing or not self.offload_checkpoints,
+            require(value in allowed, f"{title} '{value}': use one of {', '.join(allowed)}.")
+        require(self.block_swap >= 0, f"block swap is {self.block_swap}: use 0 or the number of blocks to stream.")
+        require(self.mode == "auto" or self.gradient_checkpointing or not self.offload_checkpoints,
                  "offloading needs gradient checkpointing: use both or neither.")  # fmt: skip
 
 
@@ -115,8 +63,8 @@ class SaveSettings:
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_epochs", "keep"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more.")
-        _require(
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more.")
+        require(
             self.precision in FILE_PRECISIONS, f"precision '{self.precision}': use one of {', '.join(FILE_PRECISIONS)}."
         )
 
@@ -156,18 +104,25 @@ class Job:
     steps: int
     seed: int
     loraid: Loraid | None = None
-    network: NetworkSettings = NetworkSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    timesteps: TimestepSettings = TimestepSettings()
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    timesteps: TimestepSettings = field(default_factory=TimestepSettings)
     memory: MemorySettings = MemorySettings()
     save: SaveSettings = SaveSettings()
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        _require(self.version == VERSION, f"this job is of version {self.version}, this pack runs version {VERSION}.")
-        _require(self.steps >= 1, f"steps is {self.steps}: use 1 or more.")
-        _require(
+        require(self.version == VERSION, f"this job is of version {self.version}, this pack runs version {VERSION}.")
+        require(self.steps >= 1, f"steps is {self.steps}: use 1 or more.")
+        require(
             any(dataset.items for dataset in self.datasets), "there is nothing to train on: all data sets are empty."
+        )
+        self.optimizer.check(self.steps)
+        kind, ratio = self.optimizer.kind, self.network.loraplus_lr_ratio
+        require(
+            not kind.one_rate or ratio == 1,
+            f"{kind.title} needs one learning rate for all parameters, and LoRA+'s ratio is {ratio}: set it to 1, or use "
+            "another optimizer.",
         )
 
     @property
@@ -178,6 +133,7 @@ class Job:
         for name in ("output_folder", "dit", "save"):
             del values[name]
         values["memory"] = {"precision": self.memory.precision}
+        del values["network"]["start_from"]
         for dataset in values["datasets"]:
             dataset["items"] = [[item["size"], item["fingerprints"]] for item in dataset["items"]]
         return digest(values)
@@ -200,9 +156,9 @@ T = TypeVar("T")
 
 def _build(cls: type[T], values: dict[str, Any]) -> T:
     unknown = values.keys() - {entry.name for entry in fields(cls)}
-    _require(not unknown, f"job description: unknown entry '{min(unknown, default='')}' in {cls.__name__}.")
+    require(not unknown, f"job description: unknown entry '{min(unknown, default='')}' in {cls.__name__}.")
     try:
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"job description: {cls.__name__} is incomplete ({error}).") from error
 

@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..devices import training_dtype
 from ..family import Family
-from ..lora.adapter import attached, untrained_adapters
+from ..lora.adapter import attached
 from ..lora.inventory import Matrix, blocks_of
 from ..lora.loraid import Rows
+from ..lora.network import NetworkSettings, make_adapters
 from ..modules.attention import use_attention
 from ..modules.layers import RMSNorm
 from ..modules.quantized import FP8, STORINGS, Stored, Storing
@@ -54,11 +55,11 @@ class Subject:
     matrices: Sequence[Matrix]
     dtypes: Mapping[str, torch.dtype]
     rows: Mapping[str, Rows]
-    rank: int
+    network: NetworkSettings
     latents: tuple[int, ...]
     conditions: Mapping[str, Tensor]
     device: torch.device
-    optimizer_bytes: int = 8  # per trained parameter: AdamW's two moments
+    optimizer_bytes: int  # per trained parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +113,9 @@ def predict(subject: Subject, settings: MemorySettings) -> Plan:
     """What a training with these (manual) settings takes."""
     total, sizes = _weights(subject, settings.precision)
     streamed = [sizes[number] for number in streamed_blocks(settings.block_swap, len(sizes))]
-    peak, offloaded = step_activations(
+    peak, offloaded, trained = step_activations(
         subject, settings.precision, settings.gradient_checkpointing, settings.offload_checkpoints
     )
-    columns = {matrix.name: matrix.columns for matrix in subject.matrices}
-    trained = subject.rank * sum(stop - start + columns[name] for name, (start, stop) in subject.rows.items())
     return Plan(
         settings=settings,
         weights=total - sum(streamed),
@@ -185,22 +184,29 @@ def _advice(subject: Subject, settings: MemorySettings, plan: Plan) -> str:
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 @torch.enable_grad()
-def step_activations(subject: Subject, precision: str, recompute: bool, offload: bool) -> tuple[int, int]:
-    """Most bytes of activations and gradients that live at once in a step on the device, and bytes offloaded meanwhile."""
+def step_activations(subject: Subject, precision: str, recompute: bool, offload: bool) -> tuple[int, int, int]:
+    """Most bytes of activations and gradients that live at once in a step on the device, bytes offloaded meanwhile, and
+    how many parameters are trained."""
     dit = _with_kernels_of(_on_meta(subject, precision), subject.device)
     dit.run_block.recompute = recompute
     parking = dit.run_block.offload = _Parking() if offload else None
     with _META:
-        adapters = untrained_adapters(dit, subject.rows, subject.rank, subject.rank, seed=0)
-        for adapter in adapters.values():
-            adapter.to(_META)
+        adapters = make_adapters(
+            dit,
+            subject.rows,
+            replace(subject.network, start_from="", start_fingerprint=""),
+            subject.matrices,
+            "",
+            seed=0,
+        )
         latents = torch.empty(subject.latents)
         batch = Batch(
             latents, latents, torch.empty(len(latents)), {n: v.to(_META) for n, v in subject.conditions.items()}
         )
-    with attached(dit, adapters), LiveBytes([*dit.parameters(), *dit.buffers(), latents]) as live:
+    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+    with attached(dit, adapters), LiveBytes([*dit.parameters(), *dit.buffers(), *parameters, latents]) as live:
         loop.flow_loss(dit, batch, _META).backward()
-    return live.peak, parking.most if parking else 0
+    return live.peak, parking.most if parking else 0, sum(parameter.numel() for parameter in parameters)
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
     job.json             what is trained
     worker.json          which process works on it: id and start time
+    started.json         when it was first worked on
     status.json          running, stopped, finished or failed; the step reached; the error
     metrics.jsonl        one line per step
     precision.txt        of the frozen weights, once chosen: a run that goes on must not choose another
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +83,8 @@ class Run:
         """Make this process the run's worker. Raises RuntimeError while another one is at work."""
         if self.is_alive():
             raise RuntimeError(f"another process is already working on {self.folder}.")
+        if not self.path("started.json").exists():
+            write_json(self.path("started.json"), time.time())
         write_json(self.path("worker.json"), {"pid": os.getpid(), "started": psutil.Process().create_time()})
 
     def is_alive(self) -> bool:
@@ -112,6 +116,10 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """All steps so far."""
         return list(MetricsReader(self, keep=None).read())
+
+    def started(self) -> float:
+        """When the run was first worked on, in seconds since 1970."""
+        return read_json(self.path("started.json"))
 
     def cut_metrics(self, step: int) -> None:
         """Forget steps after `step`, which will be done again."""

@@ -6,36 +6,32 @@ Random numbers and data order follow from seed and step (see `batches.py`), so t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ..io import safetensors
-from ..lora.adapter import LoRA
+from ..lora.adapter import Adapter
+from .optimizers import Optimizer, restore_state, state_of
 from .run import Run
 
 log = logging.getLogger("videolora.training")
 _KEPT = 2  # states: the newest, and the one before in case its disk dies with it
 
 
-def save_state(
-    run: Run, step: int, adapters: Mapping[str, LoRA], optimizer: torch.optim.Optimizer, job_digest: str
-) -> None:
+def save_state(run: Run, step: int, adapters: Mapping[str, Adapter], optimizer: Optimizer, job_digest: str) -> None:
     """Write the state after `step` and remove older ones."""
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in adapters.items():
-        tensors[f"adapter/{name}/down"], tensors[f"adapter/{name}/up"] = adapter.down, adapter.up
-    for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": value for key, value in entries.items()}
-    safetensors.save(run.state_path(step), tensors, {"step": str(step), "job": job_digest})
+    tensors = {f"adapter/{name}/{role}": value for name, role, value in _parts(adapters)}
+    gathered, rest = state_of(optimizer)
+    tensors |= {f"optimizer/{name}": value for name, value in gathered.items()}
+    safetensors.save(run.state_path(step), tensors, {"step": str(step), "job": job_digest, "optimizer": rest})
     for old in run.states()[_KEPT:]:
         old.unlink(missing_ok=True)
 
 
 @torch.inference_mode(False)
-def load_state(run: Run, adapters: Mapping[str, LoRA], optimizer: torch.optim.Optimizer, job_digest: str) -> int:
+def load_state(run: Run, adapters: Mapping[str, Adapter], optimizer: Optimizer, job_digest: str) -> int:
     """Load the newest whole state of this job and return its step (0 when there is none)."""
     for path in run.states():
         try:
@@ -46,22 +42,21 @@ def load_state(run: Run, adapters: Mapping[str, LoRA], optimizer: torch.optim.Op
         if metadata.get("job") != job_digest:
             log.warning("%s is skipped: it belongs to another job", path.name)
             continue
-        _restore(tensors, adapters, optimizer, path)
+        _restore(tensors, metadata["optimizer"], adapters, optimizer)
         return int(metadata["step"])
     return 0
 
 
-def _restore(
-    tensors: Mapping[str, Tensor], adapters: Mapping[str, LoRA], optimizer: torch.optim.Optimizer, path: Path
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for key, value in tensors.items():
-            kind, _, rest = key.partition("/")
-            owner, _, role = rest.rpartition("/")
-            if kind == "adapter":
-                getattr(adapters[owner], role).copy_(value)
-            else:
-                state.setdefault(int(owner), {})[role] = value
-    assert sum(key.startswith("adapter/") for key in tensors) == 2 * len(adapters), path
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+@torch.no_grad()
+def _restore(tensors: Mapping[str, Tensor], rest: str, adapters: Mapping[str, Adapter], optimizer: Optimizer) -> None:
+    for name, role, parameter in _parts(adapters):
+        parameter.copy_(tensors[f"adapter/{name}/{role}"])
+    prefix = "optimizer/"
+    gathered = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    restore_state(optimizer, gathered, rest)
+
+
+def _parts(adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, str, Tensor]]:
+    """(name of the matrix, role, parameter) of everything that is trained."""
+    for name, adapter in adapters.items():
+        yield from ((name, role, parameter) for role, parameter in adapter.named_parameters())

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -20,9 +19,10 @@ from ..families import FAMILIES, open_part
 from ..family import Family, Part
 from ..io.files import atomic, fingerprint
 from ..lora import files, loraid
-from ..lora.adapter import LoRA, attached, untrained_adapters
-from ..lora.files import Factors
+from ..lora.adapter import Adapter, attached
+from ..lora.factors import factors_of
 from ..lora.inventory import Matrix, blocks_of, inventory
+from ..lora.network import make_adapters, parameter_groups
 from ..modules.attention import load_backend, use_attention
 from ..modules.compiling import compile_blocks
 from ..modules.offloading import Offload
@@ -31,6 +31,8 @@ from ..prefetch import prefetched
 from ..weights import Checkpoint, load_into
 from . import batches, loop, planner, run, state
 from .job import Job, MemorySettings
+from .metadata import describe
+from .optimizers import Optimizer, given_out, make_optimizer
 from .run import Run
 
 log = logging.getLogger("videolora.training")
@@ -68,41 +70,41 @@ def _train(this: Run, job: Job, device: torch.device) -> None:
     family = FAMILIES[job.family]
     checkpoint, part = _open_dit(job)
     matrices = inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
-    rows, metadata = _share(job, family, matrices)
+    rows, allocation = _share(job, family, matrices)
     memory = _plan(this, job, family, checkpoint, part, matrices, rows, device)
     dit = _load_dit(family, checkpoint, part, matrices, memory, device)
+    title = family.variants[job.variant].title
     adapters = {
         name: adapter.to(device)
-        for name, adapter in untrained_adapters(dit, rows, job.network.rank, job.network.alpha, job.seed).items()
+        for name, adapter in make_adapters(dit, rows, job.network, matrices, title, job.seed).items()
     }
+    optimizer = make_optimizer(parameter_groups(adapters, job.network), job.optimizer)
     trained = sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
-    log.info("training %d matrices, %s parameters of rank %d, %s on %s", len(adapters), f"{trained:,}", job.network.rank,
-             str(dit.dtype).removeprefix("torch."), device)  # fmt: skip
-    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    optimizer = loop.make_optimizer(parameters, job.optimizer)
+    log.info("training %d matrices, %s parameters of a %s of rank %d with %s, %s on %s", len(adapters), f"{trained:,}",
+             job.network.kind, job.network.rank, job.optimizer.kind.title, str(dit.dtype).removeprefix("torch."), device)  # fmt: skip
     first = state.load_state(this, adapters, optimizer, job.digest)
     if first:
         log.info("going on after step %d", first)
     this.cut_metrics(first)
-    writer = _Writer(this, job, family, matrices, adapters, optimizer, metadata)
+    writer = _Writer(this, job, family, matrices, adapters, optimizer, allocation)
     with attached(dit, adapters):
-        _run_steps(this, job, family, dit, optimizer, device, first, writer)
+        _run_steps(this, job, family, dit, device, first, writer)
 
 
-def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, optimizer: torch.optim.Optimizer,
-               device: torch.device, first: int, writer: _Writer) -> None:  # fmt: skip
+def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, device: torch.device, first: int,
+               writer: _Writer) -> None:  # fmt: skip
     if this.should_stop:  # asked for while the model was loading
         this.forget_stop()
         this.write_status(run.STOPPED, first)
         return
-    per_epoch = batches.steps_per_epoch(job)
+    per_epoch = batches.batches_per_epoch(job)
     done, saved_at, reported_at = first, time.monotonic(), 0.0
     with closing(prefetched(batches.steps(job, family, first))) as data:
-        for step in loop.train(dit, optimizer, data, job.optimizer, device, first):
+        for step in loop.train(dit, writer.adapters, writer.optimizer, data, job, device, first):
             done = step.index
             this.append_metrics({
                 "step": done, "loss": step.loss, "learning_rate": step.learning_rate, "seconds": step.seconds,
-                "epoch": (done - 1) // per_epoch + 1, "memory": peak_memory(device),
+                "epoch": batches.epoch_of(done, job, per_epoch), "memory": peak_memory(device),
             })  # fmt: skip
             if time.monotonic() - reported_at > _STATUS_SECONDS:
                 reported_at = time.monotonic()
@@ -126,8 +128,11 @@ def _run_steps(this: Run, job: Job, family: Family, dit: torch.nn.Module, optimi
 
 
 def _is_due(job: Job, step: int, per_epoch: int) -> bool:
-    intervals = (job.save.every_steps, job.save.every_epochs * per_epoch)
-    return step < job.steps and any(interval and step % interval == 0 for interval in intervals)
+    """Whether the step, not the last one, ends an interval of steps or of epochs."""
+    done, before = (at * job.optimizer.gradient_accumulation // per_epoch for at in (step, step - 1))  # whole epochs
+    steps, epochs = job.save.every_steps, job.save.every_epochs
+    ends = (steps and step % steps == 0) or (epochs and done // epochs > before // epochs)
+    return step < job.steps and bool(ends)
 
 
 def _open_dit(job: Job) -> tuple[Checkpoint, Part]:
@@ -144,15 +149,13 @@ def _plan(this: Run, job: Job, family: Family, checkpoint: Checkpoint, part: Par
           rows: Mapping[str, loraid.Rows], device: torch.device) -> MemorySettings:  # fmt: skip
     """Settings that fit, with the precision that the run began with: another one would make another LoRA."""
     settings = replace(job.memory, precision=this.precision() or job.memory.precision)
-    largest = max(
-        (items for dataset in job.datasets for items in batches.epoch([dataset], job.seed, 0)),
-        key=lambda items: len(items) * math.prod(items[0].size),
-    )
-    batch = batches.make_batch(job, family, largest, batches.generator(job.seed, 0, 0))
+    largest = max(batches.epoch(job.datasets, job.seed, 0), key=lambda items: len(items) * math.prod(items[0].size))
+    batch = batches.make_batch(job, family, 0, largest, job.seed)
     subject = planner.Subject(
-        family=family, config=part.config, matrices=matrices, rows=rows, rank=job.network.rank, device=device,
+        family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
         dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
+        optimizer_bytes=job.optimizer.kind.state_bytes,
     )  # fmt: skip
     plan = planner.choose(subject, settings, free_memory(device), free_memory(torch.device("cpu")))
     log.info("planned: %s", plan)
@@ -188,23 +191,24 @@ def _load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list
     return dit
 
 
-def _share(job: Job, family: Family, matrices: list[Matrix]) -> tuple[dict[str, loraid.Rows], dict[str, str]]:
-    """The rows to train, and what the file says of them: a LORAID's share, or the whole model."""
-    if job.loraid is None:
-        return {matrix.name: (0, matrix.rows) for matrix in matrices}, {}
-    allocation = loraid.allocate(matrices, job.loraid)
-    log.info("%s", allocation.report())
-    return allocation.rows, allocation.metadata(family.name, family.variants[job.variant].expert)
+def _share(job: Job, family: Family, matrices: list[Matrix]) -> tuple[dict[str, loraid.Rows], loraid.Allocation | None]:
+    """The rows to train: of a LORAID's share or the whole model, what the patterns choose."""
+    rows, allocation = {matrix.name: (0, matrix.rows) for matrix in matrices}, None
+    if job.loraid is not None:
+        allocation = loraid.allocate(matrices, job.loraid)
+        log.info("%s", allocation.report())
+        rows = allocation.rows
+    return job.network.chosen(rows, (matrix.name for matrix in matrices)), allocation
 
 
 class _Writer:
     """Writes the run's files and publishes LoRAs where ComfyUI finds them."""
 
-    def __init__(self, this: Run, job: Job, family: Family, matrices: list[Matrix], adapters: Mapping[str, LoRA],
-                 optimizer: torch.optim.Optimizer, metadata: dict[str, str]) -> None:  # fmt: skip
+    def __init__(self, this: Run, job: Job, family: Family, matrices: list[Matrix], adapters: Mapping[str, Adapter],
+                 optimizer: Optimizer, allocation: loraid.Allocation | None) -> None:  # fmt: skip
         self.run, self.job, self.family, self.adapters, self.optimizer = this, job, family, adapters, optimizer
         self.rows = {matrix.name: matrix.rows for matrix in matrices}
-        self.metadata = metadata
+        self.allocation = allocation
 
     def save_state(self, step: int) -> None:
         state.save_state(self.run, step, self.adapters, self.optimizer, self.job.digest)
@@ -251,26 +255,10 @@ class _Writer:
 
     def _save_lora(self, step: int) -> None:
         dtype = getattr(torch, self.job.save.precision)
-        factors = {}
-        for name, adapter in self.adapters.items():
-            up = torch.zeros(self.rows[name], adapter.up.shape[1])  # rows of others stay zero: any loader can read it
-            up[adapter.rows[0] : adapter.rows[1]] = adapter.up.detach().cpu()
-            factors[name] = Factors(adapter.down.detach().cpu().to(dtype), up.to(dtype), self.job.network.alpha)
-        files.save(self.run.lora_path(step), factors, self._lora_metadata(step))
-
-    def _lora_metadata(self, step: int) -> dict[str, str]:
-        job = self.job
-        return {
-            "ss_network_module": "videolora", "ss_network_dim": str(job.network.rank),
-            "ss_network_alpha": str(job.network.alpha), "ss_base_model_version": self.family.name,
-            "ss_output_name": Path(job.name).name, "ss_steps": str(step), "ss_seed": str(job.seed),
-            "ss_learning_rate": str(job.optimizer.learning_rate), "ss_optimizer": "AdamW",
-            "ss_timestep_sampling": job.timesteps.sampling, "ss_discrete_flow_shift": str(job.timesteps.shift),
-            "ss_sd_model_name": Path(job.dit).name, "ss_max_train_steps": str(job.steps),
-            "ss_num_train_items": str(sum(len(dataset.items) * dataset.num_repeats for dataset in job.datasets)),
-            "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{self.family.base_model}/lora",
-            "modelspec.title": Path(job.name).name,
-            "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "videolora_job": job.digest, "videolora_variant": job.variant,
-            **self.metadata,
-        }  # fmt: skip
+        with given_out(self.optimizer, self.job.optimizer.kind):
+            factors = {
+                name: factors_of(adapter, self.rows[name], self.job.network.alpha).to(dtype)
+                for name, adapter in self.adapters.items()
+            }
+        metadata = describe(self.job, self.family, self.allocation, step, self.run.started(), time.time())
+        files.save(self.run.lora_path(step), factors, metadata)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...family import Part, TextStates
+from ...modules.quantized import Storing, linear_weights, restore_on_call
 from ...weights import Checkpoint, load_into
 from .dit import TEXT_TOKENS
 
@@ -43,17 +44,30 @@ def cleaned(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+class Tokenizer:
+    """umT5's tokenizer. ComfyUI's file carries it; for the official `.pth` the file `spiece.model` of google/umt5-xxl
+    must stand beside it. Raises ValueError when it is not there."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        import sentencepiece
+
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=_tokenizer_model(checkpoint), add_eos=True)
+
+    def __call__(self, prompt: str) -> list[int]:
+        """Token numbers, the end mark last; at most 512."""
+        ids = self.processor.encode(cleaned(prompt))
+        return ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]
+
+    def too_long(self, prompt: str) -> int:
+        return max(0, len(self.processor.encode(cleaned(prompt))) - TEXT_TOKENS)
+
+
 class UMT5:
     """The loaded encoder and its tokenizer."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer_model: bytes) -> None:
-        import sentencepiece
-
+    def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer) -> None:
         self.model = model
-        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model, add_eos=True)
-
-    def too_long(self, prompt: str) -> int:
-        return max(0, len(self.tokenizer.encode(cleaned(prompt))) - TEXT_TOKENS)
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[TextStates]:
@@ -64,8 +78,7 @@ class UMT5:
         return states
 
     def _encode_batch(self, prompts: Sequence[str]) -> list[TextStates]:
-        tokens = [self.tokenizer.encode(cleaned(prompt)) for prompt in prompts]
-        tokens = [ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]] for ids in tokens]
+        tokens = [self.tokenizer(prompt) for prompt in prompts]
         length = max(map(len, tokens))
         ids = torch.zeros(len(tokens), length, dtype=torch.long)  # 0 is the padding token
         mask = torch.zeros_like(ids)
@@ -92,16 +105,14 @@ def build(config: UMT5Config) -> torch.nn.Module:
     return torch.nn.ModuleDict({"encoder": model.encoder})  # not `model`, which names its embedding twice
 
 
-def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> UMT5:
-    """Load weights and tokenizer, on the CPU.
-
-    ComfyUI's file carries its tokenizer; for the official `.pth` the file `spiece.model` of google/umt5-xxl must stand
-    beside it.
-    """
-    tokenizer = _tokenizer_model(checkpoint)
+def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype, storing: Storing | None = None) -> UMT5:
+    """Load weights and tokenizer, on the CPU; the weights of linear layers as `storing` keeps them."""
+    tokenizer = Tokenizer(checkpoint)
     with torch.device("meta"):
         model = build(part.config)
-    return UMT5(load_into(model, checkpoint, part.keymap, dtype), tokenizer)
+    stored = dict.fromkeys(linear_weights(model), storing) if storing else {}
+    load_into(model, checkpoint, part.keymap, dtype, stored=stored)
+    return UMT5(restore_on_call(model), tokenizer)
 
 
 def _tokenizer_model(checkpoint: Checkpoint) -> bytes:

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from ...modules.attention import attention
 
-Stream = dict[nn.Module, Tensor]
-"""What the convolutions remember between two chunks of one clip."""
-
 _ENCODER_TIME = (False, True, True)  # which of the three downsamplings halve time as well
 _CHUNK = 4  # pixel frames per latent frame
 
@@ -31,6 +28,22 @@ class WanVAEConfig:
     latent_channels: int
 
 
+class Stream:
+    """What the layers remember between two chunks of one clip, on the CPU when `on_cpu`."""
+
+    def __init__(self, on_cpu: bool) -> None:
+        self._kept: dict[nn.Module, Tensor] = {}
+        self._device = torch.device("cpu") if on_cpu else None
+
+    def recall(self, layer: nn.Module, device: torch.device) -> Tensor | None:
+        """What the layer kept, or None at the clip's first chunk."""
+        kept = self._kept.get(layer)
+        return None if kept is None else kept.to(device)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        self._kept[layer] = frames.to(self._device or frames.device, copy=True)
+
+
 class CausalConv3d(nn.Conv3d):
     """Sees the current frame and those before it; before the clip's first frame there are zeros."""
 
@@ -40,9 +53,9 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         past = self.kernel_size[0] - 1
         if past:
-            history = stream.get(self)
+            history = stream.recall(self, x.device)
             x = F.pad(x, (0, 0, 0, 0, past, 0)) if history is None else torch.cat((history, x), dim=2)
-            stream[self] = x[:, :, -past:].clone()
+            stream.keep(self, x[:, :, -past:])
         return super().forward(x)
 
 
@@ -104,8 +117,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = _per_frame(self.resample["1"], F.pad(x, (0, 1, 0, 1)))
         if hasattr(self, "time_conv"):
-            last = stream.get(self)
-            stream[self] = x[:, :, -1:].clone()
+            last = stream.recall(self, x.device)
+            stream.keep(self, x[:, :, -1:])
             if last is not None:  # the clip's first frame stays a frame of its own
                 x = self.time_conv(torch.cat((last, x), dim=2))
         return x
@@ -122,10 +135,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if hasattr(self, "time_conv"):
-            if self in stream:
+            if stream.recall(self, x.device) is not None:
                 # (B, 2C, F, ...) -> (B, C, 2F, ...): the first half of the channels is the earlier frame
                 x = self.time_conv(x, stream).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
-            stream[self] = x.new_empty(0)  # only a mark: the first frame has passed
+            stream.keep(self, x.new_empty(0))  # only a mark: the first frame has passed
         return _per_frame(
             lambda frame: self.resample["1"](F.interpolate(frame, scale_factor=2, mode="nearest-exact")), x
         )
@@ -191,8 +204,11 @@ class Decoder(_Coder):
 
 
 class WanVAE(nn.Module):
+    """`cache_on_cpu` keeps what the layers remember of earlier frames in main memory: slower, and less on the device."""
+
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
+        self.cache_on_cpu = False
         z = config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.conv1 = CausalConv3d(z * 2, z * 2, (1, 1, 1))
@@ -205,7 +221,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """(B, 3, 4n + 1, H, W) in -1..1 -> the posterior's mean (B, 16, n + 1, H / 8, W / 8), float32, unscaled."""
-        stream: Stream = {}
+        stream = Stream(self.cache_on_cpu)
         latents = []
         for chunk in (video[:, :, :1], *video[:, :, 1:].split(_CHUNK, dim=2)):
             if chunk.shape[2]:
@@ -215,7 +231,7 @@ class WanVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """(B, 16, n + 1, h, w) unscaled -> chunks (B, 3, F, 8h, 8w), float32, about -1..1: 1 frame, then n times 4."""
-        stream: Stream = {}
+        stream = Stream(self.cache_on_cpu)
         for latent in latents.to(self.dtype).split(1, dim=2):
             yield self._decoded(latent, stream)
 

@@ -11,18 +11,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from videolora.core.data import cache_files
-from videolora.core.data.caching import (
-    Dataset,
-    cache_latents,
-    cache_text,
-    plan_latents,
-    plan_text,
-    reasons,
-    to_video,
-)
+from videolora.core.data.caching import cache_latents, cache_text, to_video
 from videolora.core.data.config import DatasetConfig
 from videolora.core.data.discovery import Item
 from videolora.core.data.media import read_windows
+from videolora.core.data.planning import Dataset, plan_latents, plan_text
 from videolora.core.data.windows import Window
 from videolora.core.families import FAMILIES
 from videolora.core.shapes import VideoSize
@@ -44,14 +37,18 @@ class HashingEncoder:
     """A state of 8 values for every word, and room for five words."""
 
     def __init__(self):
-        self.batches = []
+        self.encoded = []
 
     def encode(self, prompts):
-        self.batches.append(list(prompts))
+        self.encoded += prompts
         return [{"varlen_t5": torch.stack([self.word(word) for word in prompt.split()])} for prompt in prompts]
 
     def word(self, word):
         return torch.randn(8, generator=torch.Generator().manual_seed(zlib.crc32(word.encode()))).bfloat16()
+
+    @property
+    def tokenizer(self):
+        return self
 
     def too_long(self, prompt):
         return max(0, len(prompt.split()) - 5)
@@ -96,6 +93,10 @@ class Latents:
         return {step.name: step.outcome for step in steps}
 
 
+def left_out(plan):
+    return {item.source.name: reason for item, reason in plan.left_out.items()}
+
+
 def names(*numbers, frames="00000-009", size="0048x0032"):
     return {f"zarko_{number:02d}_{frames}_{size}_wan.safetensors" for number in numbers}
 
@@ -115,7 +116,7 @@ def test_latents_are_stored_in_model_space_with_the_names_and_metadata_of_the_sh
     assert metadata["format_version"] == "1.0.1"
 
     ((_, frames),) = read_windows(folder / "zarko_01.mp4", [Window(0, 9)], (48, 32), 16)
-    expected = WAN.latent.to_model(PoolingVAE().encode(to_video(frames, CPU)))[0]
+    expected = WAN.latent.to_model(PoolingVAE().encode(to_video([frames], CPU)))[0]
     assert stored.shape == (16, 3, 4, 6) and stored.dtype == torch.bfloat16
     torch.testing.assert_close(stored, expected.bfloat16(), rtol=0, atol=0)
     loaded = cache_files.load_latents(path, WAN)
@@ -126,7 +127,7 @@ def test_latents_are_stored_in_model_space_with_the_names_and_metadata_of_the_sh
 def test_pixels_reach_the_vae_from_minus_one_to_one_with_channels_first():
     frames = np.zeros((5, 32, 48, 3), np.uint8)
     frames[2, :, :, 1] = 255
-    video = to_video(frames, CPU)
+    video = to_video([frames], CPU)
     assert video.shape == (1, 3, 5, 32, 48) and video.dtype == torch.float32
     assert (video[0, 1, 2] == 1).all() and video.sum() == (2 - 15) * 32 * 48
 
@@ -194,7 +195,7 @@ def test_every_window_of_a_clip_gets_its_own_file(folder):
     for start, count in windows:
         path = folder / "cache" / f"zarko_00_{start:05d}-{count:03d}_0048x0032_wan.safetensors"
         ((_, frames),) = read_windows(folder / "zarko_00.mp4", [Window(start, count)], (48, 32), 16)
-        latents = WAN.latent.to_model(PoolingVAE().encode(to_video(frames, CPU)))[0]
+        latents = WAN.latent.to_model(PoolingVAE().encode(to_video([frames], CPU)))[0]
         torch.testing.assert_close(cache_files.load_latents(path, WAN), latents.bfloat16().float(), rtol=0, atol=0)
 
 
@@ -245,7 +246,7 @@ def spoil(path, how):
 def test_a_clip_that_cannot_be_opened_is_named_and_the_others_are_cached(folder):
     spoil(folder / "zarko_01.mp4", "text")
     run = Latents(dataset(folder))
-    assert list(run.plan.left_out) == ["zarko_01.mp4"] and "opened" in run.plan.left_out["zarko_01.mp4"]
+    assert list(left_out(run.plan)) == ["zarko_01.mp4"] and "opened" in left_out(run.plan)["zarko_01.mp4"]
     assert run.run() == dict.fromkeys(names(0, 2), "made")
 
 
@@ -254,8 +255,10 @@ def test_a_clip_that_breaks_half_way_is_named_and_the_others_are_cached(folder):
     run = Latents(dataset(folder, target_frames=(17,)))
     assert not run.plan.left_out
     steps = list(run.steps)
-    assert [step.outcome for step in steps] == ["made", "failed", "made"] and steps[1].reason
-    assert run.plan.left_out == {"zarko_01.mp4": steps[1].reason}
+    assert sorted(step.outcome for step in steps) == ["failed", "made", "made"]
+    (failed,) = (step for step in steps if step.outcome == "failed")
+    assert failed.reason
+    assert left_out(run.plan) == {"zarko_01.mp4": failed.reason}
     assert {window.item.source.name for window in run.plan.windows} == {"zarko_00.mp4", "zarko_02.mp4"}
     assert set(files(folder / "cache")) == names(0, 2, frames="00000-017")
 
@@ -265,8 +268,8 @@ def test_a_clip_that_is_too_short_is_named_with_its_length(folder):
     for path in (folder / "short").iterdir():
         shutil.move(path, folder / path.name)
     run = Latents(dataset(folder, target_frames=(9, 13)))
-    assert set(run.plan.left_out) == {"mivel_00.mp4"}
-    assert all(part in run.plan.left_out["mivel_00.mp4"] for part in ("6 frames", "16 fps", "target_frames 9"))
+    assert set(left_out(run.plan)) == {"mivel_00.mp4"}
+    assert all(part in left_out(run.plan)["mivel_00.mp4"] for part in ("6 frames", "16 fps", "target_frames 9"))
     assert len(run.run()) == 6
 
 
@@ -278,9 +281,12 @@ def test_when_nothing_can_be_used_the_error_names_the_clips(folder, how):
         Latents(dataset(folder, target_frames=(17,))).run()
 
 
-def test_a_long_list_of_reasons_is_cut_short():
-    assert reasons({"a": "x", "b": "y"}) == "a (x), b (y)"
-    assert reasons({str(index): "x" for index in range(8)}).endswith("4 (x) and 3 more")
+def test_a_long_list_of_reasons_is_cut_short(tmp_path):
+    for index in range(8):
+        (tmp_path / f"{index}.mp4").write_bytes(b"")
+        (tmp_path / f"{index}.txt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"0\.mp4 \(.*4\.mp4 \([^,]*\) and 3 more$"):
+        plan_latents(dataset(tmp_path), WAN, "the VAE")
 
 
 def test_stopping_half_way_keeps_what_was_reported_and_the_next_run_makes_only_the_rest(folder):
@@ -321,7 +327,7 @@ def encode(found, identity="the encoder"):
     return (
         {step.name: step.outcome for step in steps},
         steps,
-        encoders[0].batches if encoders else None,
+        encoders[0].encoded if encoders else None,
     )
 
 
@@ -339,10 +345,10 @@ def test_text_states_are_stored_with_the_names_and_metadata_of_the_shared_layout
         torch.testing.assert_close(cache_files.load_text(path), states, rtol=0, atol=0)
 
 
-def test_more_captions_than_fit_a_batch_keep_their_own_states(tmp_path):
+def test_every_caption_is_encoded_alone_and_keeps_its_own_states(tmp_path):
     captions = [f"caption number {index}" for index in range(19)]
-    _, _, batches = encode(items(tmp_path, *captions))
-    assert len(batches) > 1 and [caption for batch in batches for caption in batch] == captions
+    _, _, encoded = encode(items(tmp_path, *captions))
+    assert encoded == captions
     for index, caption in enumerate(captions):
         (states,) = HashingEncoder().encode([caption])
         loaded = cache_files.load_text(tmp_path / f"{index}_wan_te.safetensors")
@@ -363,10 +369,10 @@ def test_more_captions_than_fit_a_batch_keep_their_own_states(tmp_path):
 def test_only_text_that_a_change_touches_is_encoded_again(tmp_path, change, captions, identity, made):
     encode(items(tmp_path, "a", "b", "c"))
     change(tmp_path)
-    outcomes, _, batches = encode(items(tmp_path, *captions.split()), identity)
+    outcomes, _, encoded = encode(items(tmp_path, *captions.split()), identity)
     assert {name[0] for name, outcome in outcomes.items() if outcome == "made"} == set(made)
     assert list(outcomes.values()).count("kept") == 3 - len(made)
-    assert batches == ([[captions.split()[int(index)] for index in made]] if made else None)
+    assert encoded == ([captions.split()[int(index)] for index in made] if made else None)
 
 
 def test_stopping_half_way_keeps_the_text_that_was_reported(tmp_path):
@@ -375,9 +381,9 @@ def test_stopping_half_way_keeps_the_text_that_was_reported(tmp_path):
     first = next(steps)
     steps.close()
     assert set(files(tmp_path)) == {first.name}
-    outcomes, _, batches = encode(found)
+    outcomes, _, encoded = encode(found)
     assert outcomes.pop(first.name) == "kept" and set(outcomes.values()) == {"made"}
-    assert batches == [["b", "c"]]
+    assert encoded == ["b", "c"]
 
 
 def test_a_caption_that_is_too_long_is_reported_and_cached(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from videolora.core.data import config
-from videolora.core.data.config import DatasetConfig, default_cache, describe, read_toml
+from videolora.core.data.config import DatasetConfig, describe, read_toml
 
 EVERYTHING = """
 [general]
@@ -86,8 +86,7 @@ def test_what_nobody_says_has_the_defaults_of_the_field(tmp_path):
         "enable_bucket": False, "bucket_no_upscale": False, "target_frames": (1,), "frame_extraction": "head",
         "frame_stride": 1, "frame_sample": 1, "max_frames": 129, "source_fps": None,
     }  # fmt: skip
-    assert clips.cache == default_cache(tmp_path / "clips")
-    assert clips.cache.parent == clips.folder
+    assert clips.cache == clips.folder
 
 
 def test_the_json_form_means_the_same(tmp_path):

@@ -72,10 +72,10 @@ def test_an_empty_or_missing_folder_is_named(tmp_path):
 
 def test_clips_without_a_caption_are_counted_and_named(tmp_path):
     place(tmp_path, "a.mp4", "b.mp4", "c.mp4", "b.txt")
-    with pytest.raises(ValueError, match=r"2 of 3 videos .*: a\.mp4, c\.mp4\. Write a '\.txt'"):
+    with pytest.raises(ValueError, match=r"2 of 3 videos .*: a\.mp4 \(a\.txt is missing\), c\.mp4 .* text file"):
         find(tmp_path)
     place(tmp_path, *(f"d{index}.mp4" for index in range(9)))
-    with pytest.raises(ValueError, match=r"11 of 12 .*, \.\.\."):
+    with pytest.raises(ValueError, match=r"11 of 12 .* and 6 more"):
         find(tmp_path)
 
 
@@ -96,6 +96,20 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     assert find(tmp_path)[0].caption == "a disk"
     row = {"video_path": "a.mp4", "caption": "a square"}
     assert find_rows(tmp_path, row, encoding="utf-8-sig")[0].caption == "a square"
+
+
+def test_a_folder_of_images_with_a_caption_beside_it_is_a_clip_and_other_folders_are_not(tmp_path):
+    place(tmp_path, "a.mp4", "a.txt", "walk/0.png", "walk/1.png", "walk.txt", "stills/0.png", "cache/a.safetensors")
+    assert [(item.source.name, item.caption) for item in find(tmp_path)] == [
+        ("a.mp4", "a caption of a.txt"), ("walk", "a caption of walk.txt"),
+    ]  # fmt: skip
+
+
+def test_a_new_caption_leaves_the_keys_as_they_are(tmp_path):
+    place(tmp_path, "a.mp4", "a.webm", "a.txt")
+    keys = [item.key for item in find(tmp_path)]
+    (tmp_path / "a.txt").write_text("another caption")
+    assert [item.key for item in find(tmp_path)] == keys
 
 
 def test_files_that_share_a_stem_have_different_keys_that_do_not_change(tmp_path):
@@ -134,6 +148,14 @@ def test_only_line_feeds_separate_the_rows(tmp_path, mark):
     place(tmp_path, "a.mp4")
     (item,) = find_rows(tmp_path, {"video_path": "a.mp4", "caption": f"a{mark}b"})
     assert item.caption == f"a{mark}b"
+
+
+def test_all_unusable_rows_are_named_at_once(tmp_path):
+    place(tmp_path, "a.mp4")
+    with pytest.raises(ValueError, match=r"line 1: .*gone\.mp4.*line 2: .*JSON"):
+        find_rows(
+            tmp_path, {"video_path": "gone.mp4", "caption": "x"}, "{", {"video_path": "a.mp4", "caption": "a disk"}
+        )
 
 
 def test_image_rows_have_their_own_field(tmp_path):

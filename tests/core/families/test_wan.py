@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tokenizer import train_tokenizer
 from videolora.core.families import FAMILIES, open_part, recognise
 from videolora.core.families.wan import text
+from videolora.core.modules.quantized import to_fp8, to_scaled_fp8
 from videolora.core.weights import load_into, open_checkpoint
 
 WAN = FAMILIES["wan"]
@@ -158,7 +159,22 @@ def test_the_text_encoder_loads_with_its_tokenizer_inside_or_beside_it(suffix, t
     assert short[text.STATES].shape[0] < long[text.STATES].shape[0]
     (alone,) = encoder.encode(["a cat"])
     torch.testing.assert_close(short[text.STATES], alone[text.STATES], rtol=1e-4, atol=1e-5)
-    assert encoder.too_long("a cat") == 0 and encoder.too_long("cat " * 600) > 0
+    assert encoder.tokenizer.too_long("a cat") == 0 and encoder.tokenizer.too_long("cat " * 600) > 0
+
+
+@pytest.mark.parametrize("storing", [to_fp8, to_scaled_fp8])
+def test_a_text_encoder_in_fp8_takes_half_the_memory_and_gives_nearly_the_same(storing, tmp_path):
+    opened = open_part(umt5_file(tmp_path, ".safetensors", "inside"), "text_encoder")
+    exact, small = (WAN.load_text(*opened, torch.bfloat16, kept) for kept in (None, storing))
+
+    def linear_bytes(encoder):
+        return sum(p.nbytes for name, p in encoder.model.named_parameters() if p.ndim == 2 and "embed" not in name)
+
+    assert linear_bytes(small) <= 0.55 * linear_bytes(exact)
+    states = [encoder.encode(["a cat moves over the dog"])[0][text.STATES] for encoder in (exact, small)]
+    assert states[0].dtype == states[1].dtype == torch.bfloat16
+    error = reference.relative_error(states[1], states[0])
+    assert 0 < error < 0.25  # random weights spread errors more than trained ones
 
 
 def test_a_text_encoder_without_a_tokenizer_says_where_to_put_it(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from videolora.core.families import FAMILIES, open_part
 from videolora.core.lora import files
 from videolora.core.lora.adapter import LoRA, attached, untrained_adapters
-from videolora.core.lora.files import Factors
+from videolora.core.lora.factors import LoRAFactors
 from videolora.core.lora.inventory import Matrix, inventory
 from videolora.core.lora.loraid import UNITS, Loraid, allocate
 from videolora.core.lora.merge import is_merged, merge
@@ -50,7 +50,7 @@ def trained(folder, matrices, loraid=None, seed=0, name=None, rank=4, alpha=8.0)
             up = torch.zeros(m.rows, rank)
             start, stop = rows[m.name]
             up[start:stop] = torch.randn(stop - start, rank, generator=generator)
-            factors[m.name] = Factors(torch.randn(rank, m.columns, generator=generator), up, alpha)
+            factors[m.name] = LoRAFactors(torch.randn(rank, m.columns, generator=generator), up, alpha)
     path = folder / (name or f"lora_{loraid.number if loraid else 'plain'}_{seed}.safetensors")
     files.save(path, factors, share.metadata("wan") if share else {"ss_base_model_version": "wan"})
     return path
@@ -211,8 +211,8 @@ def test_a_lora_of_another_size_and_a_file_that_is_no_lora_are_refused(tmp_path,
     save_file({"conv.weight": torch.ones(2)}, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="is no LoRA"):
         files.read(tmp_path / "vae.safetensors", matrices, TITLE)
-    save_file({f"{stem}.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
-    with pytest.raises(ValueError, match="no plain LoRA"):
+    save_file({f"{stem}.hada_t1": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
+    with pytest.raises(ValueError, match="neither a LoRA nor"):
         files.read(tmp_path / "loha.safetensors", matrices, TITLE)
 
 
@@ -396,7 +396,7 @@ def test_prefixes_that_hold_the_word_diff_are_no_other_kind_of_lora(tmp_path, ma
 
 def test_alpha_is_kept_exactly_in_a_file_of_bfloat16(tmp_path, matrices):
     m = matrices[0]
-    factors = {m.name: Factors(torch.ones(4, m.columns).bfloat16(), torch.ones(m.rows, 4).bfloat16(), 12.34)}
+    factors = {m.name: LoRAFactors(torch.ones(4, m.columns).bfloat16(), torch.ones(m.rows, 4).bfloat16(), 12.34)}
     files.save(tmp_path / "lora.safetensors", factors, {})
     assert files.read(tmp_path / "lora.safetensors", matrices, TITLE).factors[m.name].alpha == pytest.approx(
         12.34, rel=1e-6

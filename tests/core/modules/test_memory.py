@@ -16,7 +16,7 @@ from videolora.core.modules.quantized import STORINGS, Stored
 from videolora.core.modules.streaming import BlockStream, streamed_blocks, streamed_weights
 from videolora.core.training import loop
 from videolora.core.training.batches import Batch
-from videolora.core.training.job import OptimizerSettings
+from videolora.core.training.optimizers import OptimizerSettings, make_optimizer
 
 CPU = torch.device("cpu")
 DEPTH = 6
@@ -119,7 +119,7 @@ def test_thirty_steps_end_in_the_same_bits_whatever_is_traded_for_memory(storing
         adapters = adapters_for(dit, shares(matrices)["rows"])
         applied(dit, **OPTIONS.get(option, {}))
         parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-        optimizer = loop.make_optimizer(parameters, OptimizerSettings())
+        optimizer = make_optimizer(parameters, OptimizerSettings())
         with attached(dit, adapters):
             losses = [loop.train_step(dit, optimizer, [batch(step % 3)], 1e-3, 1.0, CPU) for step in range(30)]
         results.append((losses, parameters))
@@ -134,7 +134,7 @@ def test_thirty_steps_on_stored_weights_stay_near_those_on_plain_ones(storing, t
     for name in (None, storing):
         dit, matrices = model(storing=name)
         adapters = adapters_for(dit, shares(matrices)["whole model"])
-        optimizer = loop.make_optimizer([p for a in adapters.values() for p in a.parameters()], OptimizerSettings())
+        optimizer = make_optimizer([p for a in adapters.values() for p in a.parameters()], OptimizerSettings())
         with attached(dit, adapters):
             losses.append([loop.train_step(dit, optimizer, [batch()], 1e-3, 1.0, CPU) for _ in range(30)])
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=0)

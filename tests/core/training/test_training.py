@@ -1,5 +1,6 @@
 """Training: the worker in a process of its own, as ComfyUI starts it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -16,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from videolora.core.data import cache_files
 from videolora.core.families import FAMILIES, open_part
+from videolora.core.io import safetensors
 from videolora.core.io.files import fingerprint
 from videolora.core.lora import files
+from videolora.core.lora.adapter import KINDS
 from videolora.core.lora.inventory import inventory
 from videolora.core.lora.loraid import Loraid, allocate
 from videolora.core.shapes import VideoSize
-from videolora.core.training import batches, loop, run
+from videolora.core.training import batches, loop, run, worker
 from videolora.core.training.job import (
     Job,
     MemorySettings,
@@ -33,8 +36,8 @@ from videolora.core.training.job import (
     TrainingSet,
     read_job,
 )
+from videolora.core.training.optimizers import OPTIMIZERS
 from videolora.core.training.run import Run
-from videolora.core.training.timesteps import SAMPLINGS
 
 WAN = FAMILIES["wan"]
 CORE = Path(__file__).resolve().parents[3] / "core"
@@ -78,6 +81,13 @@ def start(this, *, wait=True):
             [sys.executable, str(CORE), "train", str(this.folder), "cpu"], stdout=log, stderr=log
         )
     return process.wait(120) if wait else process
+
+
+def work(this):
+    """Train in this very process, which is quicker, and let go of the run."""
+    code = worker.work(this.folder, "cpu")
+    this.path("worker.json").unlink()
+    return code
 
 
 def trained(made, tmp_path, **changes):
@@ -149,6 +159,136 @@ def test_twenty_steps_are_ten_killed_resumed_and_ten_more_bit_for_bit(made, tmp_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     losses = [[entry["loss"] for entry in one.metrics()] for one in (straight, broken)]
     assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+DROPOUTS = {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}
+RESUMED = {
+    **{name: {"optimizer": OptimizerSettings(optimizer=name, learning_rate=1.0 if kind.least_rate else 1e-3)}
+       for name, kind in OPTIMIZERS.items()},
+    **{kind: {"network": NetworkSettings(kind=kind, rank=4, max_norm=1.0, **DROPOUTS)} for kind in KINDS},
+    "LoRA+ on a schedule": {
+        "network": NetworkSettings(rank=4, loraplus_lr_ratio=8.0, exclude=(".*ffn.*",), **DROPOUTS),
+        "optimizer": OptimizerSettings(schedule="rex", warmup_steps=3, gradient_accumulation=2),
+    },
+    "buckets and weights": {
+        "timesteps": TimestepSettings(sampling="qinglong_flux", buckets=6, weighting="cosmap", min_timestep=100,
+                                      preserve_distribution_shape=True),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_twenty_steps_are_ten_and_ten_resumed_bit_for_bit_whatever_the_settings(made, tmp_path, name):
+    save = SaveSettings(every_steps=10, precision="float32")
+    small = (TrainingSet(title="pictures", batch_size=1, num_repeats=1, items=made[1][3:]),)
+    described = job(made, tmp_path / "loras", steps=20, save=save, datasets=small, **RESUMED[name])
+    this = Run.of(described, tmp_path / "runs")
+    assert work(this) == 0, this.status()
+    expected, losses = load_file(described.final_path), [entry["loss"] for entry in this.metrics()]
+    this.state_path(20).unlink()
+    described.final_path.unlink()
+    torch.manual_seed(99)  # not that it matters
+    assert work(this) == 0, this.status()
+    found = load_file(described.final_path)
+    assert expected.keys() == found.keys() and expected
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [entry["loss"] for entry in this.metrics()] == losses
+    middle = load_file(described.final_path.with_name("lora-step00000010.safetensors"))
+    assert not all(torch.equal(expected[key], middle[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_drops_the_same_and_gives_the_same_lora(made, tmp_path, kind):
+    found = []
+    for checkpointing in (False, True):
+        described = job(made, tmp_path / str(checkpointing), steps=3, network=NetworkSettings(kind=kind, rank=4, **DROPOUTS),
+                        memory=MemorySettings(gradient_checkpointing=checkpointing))  # fmt: skip
+        this = Run.of(described, tmp_path / f"runs-{checkpointing}")
+        assert work(this) == 0, this.status()
+        found.append(load_file(described.final_path))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_run_goes_on_from_a_lora_and_says_so(made, tmp_path):
+    first = job(made, tmp_path / "first", steps=3)
+    assert work(Run.of(first, tmp_path / "runs")) == 0
+    start = str(first.final_path)
+    network = NetworkSettings(rank=4, alpha=4.0, start_from=start, start_fingerprint=fingerprint(first.final_path))
+    second = job(
+        made,
+        tmp_path / "second",
+        name="second",
+        steps=1,
+        network=network,
+        optimizer=OptimizerSettings(learning_rate=1e-7),
+    )
+    this = Run.of(second, tmp_path / "runs")
+    assert work(this) == 0, this.status()
+    before, after = load_file(first.final_path), load_file(second.final_path)
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=1e-5)
+    with safe_open(second.final_path, "pt") as file:
+        assert file.metadata()["videolora_start"] == "lora.safetensors"
+    wrong = replace(second, network=replace(network, rank=8))
+    this = Run.of(wrong, tmp_path / "runs")
+    assert work(this) == 1
+    assert "it is of rank 4" in this.status()["error"]
+
+
+def test_a_file_says_how_it_was_made(made, tmp_path):
+    described = job(
+        made, tmp_path / "loras", steps=8, save=SaveSettings(every_epochs=1),
+        network=NetworkSettings(kind="lokr", rank=4, alpha=2.0, dropout=0.1, include=(".*attn.*",)),
+        optimizer=OptimizerSettings(optimizer="lion", learning_rate=1e-4, schedule="cosine", gradient_accumulation=2),
+        timesteps=TimestepSettings(sampling="logsnr", max_timestep=900, weighting="cosmap"),
+    )  # fmt: skip
+    this = Run.of(described, tmp_path / "runs")
+    assert work(this) == 0, this.status()
+    epochs = {}
+    for path in Path(described.output_folder).iterdir():
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        epochs[metadata["ss_steps"]] = metadata["ss_epoch"]
+    # Of three batches an epoch and two batches a step, epochs end in steps 2 (the first), 3, 5, 6 and 8.
+    assert epochs == {"2": "2", "3": "2", "5": "4", "6": "4", "8": "6"}
+    with safe_open(described.final_path, "pt") as file:
+        metadata = file.metadata()
+    expected = {
+        "ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_network_dropout": "0.1", "ss_lr_scheduler": "cosine",
+        "ss_optimizer": "lion_pytorch.Lion(weight_decay=0.01,betas=[0.9, 0.99])", "ss_num_epochs": "6",
+        "ss_timestep_sampling": "logsnr", "ss_discrete_flow_shift": "1.0", "ss_weighting_scheme": "cosmap",
+        "modelspec.timestep_range": "0,900", "modelspec.resolution": "48x32", "modelspec.architecture": "wan2.1/lora",
+        "ss_loraid": "1", "ss_loraid_unit": "row", "ss_num_batches_per_epoch": "3", "ss_num_train_items": "5",
+        "ss_base_model_version": "wan", "ss_output_name": "lora",
+    }  # fmt: skip
+    assert {name: metadata[name] for name in expected} == expected
+    assert json.loads(metadata["ss_network_args"])["include_patterns"] == [".*attn.*"]
+    assert json.loads(metadata["ss_datasets"])[0]["batch_size_per_device"] == 2
+    assert float(metadata["ss_training_started_at"]) < float(metadata["ss_training_finished_at"])
+
+
+def test_a_file_carries_the_hashes_of_its_data(made, tmp_path):
+    described = job(made, tmp_path, steps=1, network=NetworkSettings(rank=64, alpha=4.0))
+    assert work(Run.of(described, tmp_path / "runs")) == 0
+    raw = described.final_path.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    with safe_open(described.final_path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+    assert len(data) > (1 << 20) + (1 << 16), "large enough for the other hash"
+    plain = tmp_path / "plain.safetensors"
+    ours = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    safetensors.save(plain, safetensors.load(described.final_path)[0], ours)
+    part = plain.read_bytes()[1 << 20 : (1 << 20) + (1 << 16)]
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(part).hexdigest()[:8]
+
+
+def test_impossible_combinations_are_refused_when_the_job_is_made(made, tmp_path):
+    with pytest.raises(ValueError, match="Prodigy needs one learning rate"):
+        job(made, tmp_path, network=NetworkSettings(loraplus_lr_ratio=4.0),
+            optimizer=OptimizerSettings(optimizer="prodigy", learning_rate=1.0))  # fmt: skip
+    with pytest.raises(ValueError, match="longer than the training of 6 steps"):
+        job(made, tmp_path, optimizer=OptimizerSettings(warmup_steps=7))
 
 
 def test_asking_to_stop_saves_after_the_running_step_and_the_rest_can_follow(made, tmp_path):
@@ -250,7 +390,7 @@ def test_the_same_job_has_the_same_folder_and_another_job_another(made, tmp_path
 
 
 def test_a_job_survives_its_file(made, tmp_path):
-    described = job(made, tmp_path)
+    described = job(made, tmp_path, network=NetworkSettings(include=(".*ffn.*",), exclude=("x",)))
     path = tmp_path / "job.json"
     path.write_text(json.dumps(described.to_json()))
     assert read_job(path) == described and read_job(path).digest == described.digest
@@ -271,22 +411,6 @@ def test_a_job_survives_its_file(made, tmp_path):
 def test_settings_that_cannot_work_are_refused_with_advice(settings, wrong):
     with pytest.raises(ValueError, match="use"):
         settings(**wrong)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_timesteps_stay_in_range_and_follow_from_the_generator(sampling):
-    settings = TimestepSettings(sampling=sampling, shift=5.0)
-    draw = lambda: SAMPLINGS[sampling](4096, settings, torch.Generator().manual_seed(1))  # noqa: E731
-    sigma = draw()
-    assert torch.equal(sigma, draw())
-    assert sigma.min() >= 0 and sigma.max() <= 1
-
-
-def test_the_shift_moves_timesteps_as_its_formula_says():
-    plain, moved = (
-        SAMPLINGS["shift"](9, TimestepSettings(shift=shift), torch.Generator().manual_seed(1)) for shift in (1.0, 3.0)
-    )
-    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
 
 
 def test_an_epoch_holds_every_item_as_often_as_asked_and_never_mixes_sizes(made):
