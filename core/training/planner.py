@@ -189,16 +189,13 @@ def step_activations(subject: Subject, precision: str, recompute: bool, offload:
     how many parameters are trained."""
     dit = _with_kernels_of(_on_meta(subject, precision), subject.device)
     dit.run_block.recompute = recompute
+    # Without the file to start from; and without dropout, whose masks are as small as the rank activations.
+    fresh = replace(
+        subject.network, start_from="", start_fingerprint="", dropout=0.0, rank_dropout=0.0, module_dropout=0.0
+    )
     parking = dit.run_block.offload = _Parking() if offload else None
     with _META:
-        adapters = make_adapters(
-            dit,
-            subject.rows,
-            replace(subject.network, start_from="", start_fingerprint=""),
-            subject.matrices,
-            "",
-            seed=0,
-        )
+        adapters = make_adapters(dit, subject.rows, fresh, subject.matrices, "", seed=0)
         latents = torch.empty(subject.latents)
         batch = Batch(
             latents, latents, torch.empty(len(latents)), {n: v.to(_META) for n, v in subject.conditions.items()}

@@ -202,7 +202,7 @@ def test_checkpointing_drops_the_same_and_gives_the_same_lora(made, tmp_path, ki
     found = []
     for checkpointing in (False, True):
         described = job(made, tmp_path / str(checkpointing), steps=3, network=NetworkSettings(kind=kind, rank=4, **DROPOUTS),
-                        memory=MemorySettings(gradient_checkpointing=checkpointing))  # fmt: skip
+                        memory=MemorySettings(mode="manual", gradient_checkpointing=checkpointing))  # fmt: skip
         this = Run.of(described, tmp_path / f"runs-{checkpointing}")
         assert work(this) == 0, this.status()
         found.append(load_file(described.final_path))
@@ -404,7 +404,7 @@ def test_a_job_survives_its_file(made, tmp_path):
     [(OptimizerSettings, {"learning_rate": -1e-4}), (OptimizerSettings, {"learning_rate": float("nan")}),
      (OptimizerSettings, {"learning_rate": float("inf")}), (OptimizerSettings, {"gradient_accumulation": 0}),
      (NetworkSettings, {"rank": 0}), (NetworkSettings, {"alpha": 0.0}), (TimestepSettings, {"sampling": "magic"}),
-     (TimestepSettings, {"shift": 0.0}), (MemorySettings, {"precision": "int4"}), (MemorySettings, {"attention": "magic"}),
+     (MemorySettings, {"precision": "int4"}), (MemorySettings, {"attention": "magic"}),
      (MemorySettings, {"block_swap": -1}),
      (MemorySettings, {"mode": "manual", "gradient_checkpointing": False, "offload_checkpoints": True}), (SaveSettings, {"every_steps": -1})],
 )  # fmt: skip
@@ -493,7 +493,10 @@ def test_a_line_torn_by_a_power_loss_does_not_stop_a_run(tmp_path):
 def test_where_files_lie_and_when_to_save_do_not_make_another_run(made, tmp_path):
     one = job(made, tmp_path / "here", save=SaveSettings(every_steps=1))
     moved = job(
-        made, tmp_path / "there", save=SaveSettings(every_steps=2), memory=MemorySettings(gradient_checkpointing=False)
+        made,
+        tmp_path / "there",
+        save=SaveSettings(every_steps=2),
+        memory=MemorySettings(mode="manual", gradient_checkpointing=False),
     )
     assert one.digest == moved.digest
     assert Run.of(one, tmp_path / "runs").folder == Run.of(moved, tmp_path / "runs").folder
