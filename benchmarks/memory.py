@@ -8,6 +8,7 @@ On a GPU: of its memory, as the allocator counts it. On the CPU: of the process'
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -21,8 +22,8 @@ import pack
 import psutil
 
 adapter, loop, batches = (pack.load(f"core.{name}") for name in ("lora.adapter", "training.loop", "training.batches"))
-inventory, loraid, job = (pack.load(f"core.{name}") for name in ("lora.inventory", "lora.loraid", "training.job"))
-optimizers = pack.load("core.training.optimizers")
+inventory, loraid = pack.load("core.lora.inventory"), pack.load("core.lora.loraid")
+job, optimizers = pack.load("core.training.job"), pack.load("core.training.optimizers")
 quantized, streaming, offloading = (
     pack.load(f"core.modules.{name}") for name in ("quantized", "streaming", "offloading")
 )
@@ -58,8 +59,7 @@ def subject(args: argparse.Namespace, number: int | None, device: torch.device):
     latents = FAMILY.latent.latents(shapes.VideoSize(args.frames, args.height, args.width))
     return planner.Subject(
         family=FAMILY, config=config, matrices=matrices, dtypes=dict.fromkeys(sizes, torch.float32), rows=rows,
-        network=job.NetworkSettings(rank=args.rank, alpha=args.rank),
-        latents=(1, 16, *latents), conditions={"text_states": torch.empty(1, 512, 4096)}, device=device,
+        network=job.NetworkSettings(rank=args.rank), latents=(1, 16, *latents), conditions={"text_states": torch.empty(1, 512, 4096)}, device=device,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def build(about, settings) -> torch.nn.Module:
 
 def trained(about, dit):
     """Adapters and their optimizer, and a batch."""
-    adapters = adapter.untrained_adapters(dit, about.rows, about.network.rank, about.network.alpha, seed=0)
+    adapters = adapter.untrained_adapters(dit, about.rows, about.network.rank, 1.0, seed=0)
     modules = torch.nn.ModuleList(adapters.values()).to(about.device)
     optimizer = optimizers.make_optimizer(modules.parameters(), job.OptimizerSettings())
     latents = torch.randn(about.latents)
@@ -98,19 +98,29 @@ def trained(about, dit):
     return adapters, optimizer, batches.Batch(latents, latents, torch.tensor([0.5]), {"text_states": text})
 
 
-def step_now(args: argparse.Namespace) -> None:
-    """In a process of its own: forecast, then three steps, and the peak."""
-    chosen = dict(SETTINGS[args.setting])
-    about = subject(args, chosen.pop("loraid", None), devices.best_device())
-    settings = job.MemorySettings(mode="manual", **chosen)
-    plan = planner.predict(about, settings)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # libraries load what they need
-    before = 0 if about.device.type == "cuda" else psutil.Process().memory_info().rss
+def steps(about, settings) -> None:
+    """Make everything, and train three steps."""
     dit = build(about, settings)
     adapters, optimizer, batch = trained(about, dit)
     with adapter.attached(dit, adapters):
         for _ in range(3):
             loop.train_step(dit, optimizer, [batch], 1e-4, 1.0, about.device)
+
+
+def step_now(args: argparse.Namespace) -> None:
+    """In a process of its own: forecast, then the steps, and the peak."""
+    chosen = dict(SETTINGS[args.setting])
+    number = chosen.pop("loraid", None)
+    settings = job.MemorySettings(mode="manual", **chosen)
+    tiny = argparse.Namespace(**{**vars(args), "dim": 128, "frames": 1, "width": 32, "height": 32})
+    steps(subject(tiny, number, devices.best_device()), settings)  # libraries load what they need
+    about = subject(args, number, devices.best_device())
+    plan = planner.predict(about, settings)
+    gc.collect()
+    if about.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = 0 if about.device.type == "cuda" else psutil.Process().memory_info().rss
+    steps(about, settings)
     predicted = plan.device + (plan.host if about.device.type == "cpu" else 0)
     print(json.dumps([predicted, devices.peak_memory(about.device) - before]))
 

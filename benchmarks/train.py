@@ -1,9 +1,10 @@
-"""Step time over forward time, for a LoRA on the whole model and for the last LORAID, without gradient checkpointing.
+"""Step time and peak memory of each way to save memory, over a step without any and over the forward pass.
 
 python dev.py bench train [--dim 1024] [--blocks 12] [--frames 17] [--width 320] [--height 192]
 
-A frozen base costs a backward pass about as much as the forward (gradients of activations, none of weights), so the whole
-model cannot be under 2; the last LORAID only pays for the blocks from its first matrix on.
+A frozen base costs a backward pass about as much as the forward (gradients of activations, none of weights), so a step on
+the whole model cannot be under 2 forward passes, with checkpointing 3; the last LORAID pays only for the blocks from its
+first matrix on. Peak memory is that of a GPU; for the CPU see `bench memory`, which starts a process for each.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import pack
 adapter, loop, batches = (pack.load(f"core.{name}") for name in ("lora.adapter", "training.loop", "training.batches"))
 inventory, loraid = pack.load("core.lora.inventory"), pack.load("core.lora.loraid")
 job, optimizers = pack.load("core.training.job"), pack.load("core.training.optimizers")
+layers, quantized = pack.load("core.modules.layers"), pack.load("core.modules.quantized")
+streaming, offloading = pack.load("core.modules.streaming"), pack.load("core.modules.offloading")
 devices, shapes = pack.load("core.devices"), pack.load("core.shapes")
 FAMILY = pack.load("core.families").FAMILIES["wan"]
 wan = pack.load("core.families.wan.dit")
@@ -80,23 +83,71 @@ def main() -> None:
     with torch.no_grad():
         forward = seconds(lambda: loop.flow_loss(dit, batch, device), device, args.repeats)
     print(f"forward                {forward:8.3f} s")
-    shares = {
-        "whole model": {m.name: (0, m.rows) for m in matrices},
-        "last LORAID of 20": loraid.allocate(matrices, loraid.Loraid(number=20)).rows,
+    whole = {m.name: (0, m.rows) for m in matrices}
+    last = loraid.allocate(matrices, loraid.Loraid(number=20)).rows
+    half = args.blocks // 2
+    ways = {
+        "whole model": (whole, {}),
+        "checkpointing": (whole, {"recompute": True}),
+        "offloaded": (whole, {"recompute": True, "offload": True}),
+        f"{half} blocks streamed": (whole, {"recompute": True, "streamed": half}),
+        "fp8_scaled": (whole, {"recompute": True, "storing": "fp8_scaled"}),
+        "all of these": (whole, {"recompute": True, "offload": True, "streamed": half, "storing": "fp8_scaled"}),
+        "last LORAID of 20": (last, {}),
+        "the same, checkpointing": (last, {"recompute": True}),
     }
-    for title, rows in shares.items():
-        adapters = adapter.untrained_adapters(dit, rows, args.rank, args.rank, seed=0)
-        modules = torch.nn.ModuleList(adapters.values()).to(device)
-        settings = job.OptimizerSettings()
-        optimizer = optimizers.make_optimizer(modules.parameters(), settings)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with adapter.attached(dit, adapters):
-            step = seconds(
-                functools.partial(loop.train_step, dit, optimizer, [batch], 1e-4, 1.0, device), device, args.repeats
-            )
-        peak = f", peak {devices.peak_memory(device) / 2**30:.2f} GiB" if device.type == "cuda" else ""
-        print(f"step, {title:17}{step:8.3f} s = {step / forward:.2f} x forward{peak}")
+    plain = None
+    for title, (rows, saving) in ways.items():
+        taken, peak = measured(dit, batch, rows, saving, args, device)
+        plain = plain or (taken, peak)
+        memory = f", peak {peak / 2**30:.2f} GiB = {peak / plain[1]:.2f} x plain" if device.type == "cuda" else ""
+        bound = bound_of(dit, rows, saving.get("recompute", False))
+        print(f"step, {title:24}{taken:8.3f} s = {taken / plain[0]:.2f} x plain = {taken / forward:.2f} x forward "
+              f"(bound {bound:.2f}){memory}", flush=True)  # fmt: skip
+
+
+def bound_of(dit: torch.nn.Module, rows, recompute: bool) -> float:
+    """Forward passes that a step takes at least, reckoned in whole blocks."""
+    first = min(index for index, block in enumerate(dit.blocks) if any(is_in(block, dit, name) for name in rows))
+    share = 1 - first / len(dit.blocks)
+    return 1 + share * (2 if recompute else 1)
+
+
+def is_in(block: torch.nn.Module, dit: torch.nn.Module, name: str) -> bool:
+    return any(module is dit.get_submodule(name) for module in block.modules())
+
+
+def measured(dit, batch, rows, saving, args: argparse.Namespace, device: torch.device) -> tuple[float, int]:
+    """Seconds and peak memory of a step; the model is left as it was."""
+    kept = {name: layer.weight for name, layer in dit.blocks.named_modules() if isinstance(layer, layers.Linear)}
+    for name in kept if "storing" in saving else ():
+        layer = dit.blocks.get_submodule(name)
+        weight, layer.weight_scale = quantized.STORINGS[saving["storing"]](quantized.Stored(layer.weight.data))
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        kept[name].data = kept[name].data.cpu()
+    runner = dit.run_block
+    runner.recompute = saving.get("recompute", False)
+    runner.offload = offloading.Offload(device) if "offload" in saving else None
+    numbers = streaming.streamed_blocks(saving.get("streamed", 0), len(dit.blocks))
+    runner.stream = streaming.BlockStream(dit.blocks, numbers, device) if numbers else None
+    adapters = adapter.untrained_adapters(dit, rows, args.rank, args.rank, seed=0)
+    modules = torch.nn.ModuleList(adapters.values()).to(device)
+    optimizer = optimizers.make_optimizer(modules.parameters(), job.OptimizerSettings())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with adapter.attached(dit, adapters):
+        taken = seconds(
+            functools.partial(loop.train_step, dit, optimizer, [batch], 1e-4, 1.0, device), device, args.repeats
+        )
+    peak = devices.peak_memory(device)
+    if runner.stream:
+        runner.stream.close()
+    runner.recompute, runner.offload, runner.stream = False, None, None
+    for name, weight in kept.items():
+        layer = dit.blocks.get_submodule(name)
+        weight.data = weight.data.to(device)
+        layer.weight, layer.weight_scale = weight, None
+    return taken, peak
 
 
 if __name__ == "__main__":

@@ -149,16 +149,13 @@ def _plan(this: Run, job: Job, family: Family, checkpoint: Checkpoint, part: Par
           rows: Mapping[str, loraid.Rows], device: torch.device) -> MemorySettings:  # fmt: skip
     """Settings that fit, with the precision that the run began with: another one would make another LoRA."""
     settings = replace(job.memory, precision=this.precision() or job.memory.precision)
-    largest = max(
-        (items for dataset in job.datasets for items in batches.epoch([dataset], job.seed, 0)),
-        key=lambda items: len(items) * math.prod(items[0].size),
-    )
+    largest = max(batches.epoch(job.datasets, job.seed, 0), key=lambda items: len(items) * math.prod(items[0].size))
     batch = batches.make_batch(job, family, 0, largest, job.seed)
     subject = planner.Subject(
         family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
-        optimizer=job.optimizer.kind,
         dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
+        optimizer_bytes=job.optimizer.kind.state_bytes,
     )  # fmt: skip
     plan = planner.choose(subject, settings, free_memory(device), free_memory(torch.device("cpu")))
     log.info("planned: %s", plan)

@@ -202,7 +202,7 @@ def test_checkpointing_drops_the_same_and_gives_the_same_lora(made, tmp_path, ki
     found = []
     for checkpointing in (False, True):
         described = job(made, tmp_path / str(checkpointing), steps=3, network=NetworkSettings(kind=kind, rank=4, **DROPOUTS),
-                        memory=MemorySettings(gradient_checkpointing=checkpointing))  # fmt: skip
+                        memory=MemorySettings(mode="manual", gradient_checkpointing=checkpointing))  # fmt: skip
         this = Run.of(described, tmp_path / f"runs-{checkpointing}")
         assert work(this) == 0, this.status()
         found.append(load_file(described.final_path))
@@ -493,7 +493,10 @@ def test_a_line_torn_by_a_power_loss_does_not_stop_a_run(tmp_path):
 def test_where_files_lie_and_when_to_save_do_not_make_another_run(made, tmp_path):
     one = job(made, tmp_path / "here", save=SaveSettings(every_steps=1))
     moved = job(
-        made, tmp_path / "there", save=SaveSettings(every_steps=2), memory=MemorySettings(gradient_checkpointing=False)
+        made,
+        tmp_path / "there",
+        save=SaveSettings(every_steps=2),
+        memory=MemorySettings(mode="manual", gradient_checkpointing=False),
     )
     assert one.digest == moved.digest
     assert Run.of(one, tmp_path / "runs").folder == Run.of(moved, tmp_path / "runs").folder
@@ -514,3 +517,31 @@ def test_stopping_at_a_step_that_is_due_publishes_its_lora(made, tmp_path):
     assert [path.name for path in this.folder.glob("lora-*")] == [f"lora-{step:08d}.safetensors"], (
         "older ones are removed"
     )
+
+
+def test_streaming_and_offloading_make_the_same_lora_bit_for_bit(made, tmp_path):
+    loras = []
+    for name, memory in {
+        "plain": MemorySettings(mode="manual", gradient_checkpointing=False),
+        "auto": MemorySettings(),
+        "least": MemorySettings(mode="manual", offload_checkpoints=True, block_swap=2),
+    }.items():
+        this, described = trained(made, tmp_path / name, steps=3, memory=memory)
+        assert "planned: precision auto" in this.log.read_text()
+        loras.append(load_file(described.final_path))
+    for other in loras[1:]:
+        assert all(torch.equal(loras[0][name], other[name]) for name in loras[0])
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_with(made, tmp_path):
+    this = Run.of(job(made, tmp_path / "loras", steps=2), tmp_path / "runs")
+    this.keep_precision("fp8_scaled")  # as auto would have chosen where memory was short
+    assert start(this) == 0, this.log_end()
+    assert "planned: precision fp8_scaled" in this.log.read_text()
+
+
+def test_more_blocks_to_stream_than_there_are_is_an_error_that_says_how_many(made, tmp_path):
+    memory = MemorySettings(mode="manual", block_swap=99)
+    this = Run.of(job(made, tmp_path / "loras", memory=memory), tmp_path / "runs")
+    assert start(this) == 1
+    assert "block swap is 99, and this model has" in this.status()["error"]
