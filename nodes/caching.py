@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
@@ -15,6 +16,8 @@ from ..core.data.statistics import describe
 from ..core.family import Family
 from . import handles
 from .progress import Progress, say
+
+log = logging.getLogger("videolora.data")
 
 CATEGORY = "VideoLoRA/caching"
 
@@ -111,6 +114,7 @@ class CacheLatents(io.ComfyNode):
         steps = caching.cache_latents(plans, vae.family, lambda: vae.load(largest), mm.get_torch_device(), batch_size)
         counts = _counts("latents", _follow(steps, node_id, "latents"), windows)
         report = "\n".join([*counts, *map(describe, plans), *_stale(windows, vae.family, delete_stale)])
+        log.info("%s", report)
         say(report, node_id)
         return io.NodeOutput(handles.LatentCache(vae.family, tuple(plans)), report)
 
@@ -148,5 +152,6 @@ class CacheText(io.ComfyNode):
         report = "\n".join(
             [*_counts("captions", steps, everything), *warnings, *_stale(everything, family, delete_stale)]
         )
+        log.info("%s", report)
         say(report, cls.hidden.unique_id)
         return io.NodeOutput(handles.TextCache(family, tuple(plans)), report)

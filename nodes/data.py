@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ..core.io.files import digest
 from ..core.shapes import VideoSize
 from . import handles, paths
 from .progress import Progress, say
+
+log = logging.getLogger("videolora.data")
 
 CATEGORY = "VideoLoRA/data"
 _ANY_SIDE = 256  # a width and height that every model takes, to check frame counts alone
@@ -246,6 +249,7 @@ class DatasetPreview(io.ComfyNode):
         seen = list(preview.sights(plans, family, shown))
         tokenizer = family.load_tokenizer(open_part(text_encoder.path, "text_encoder")[0]) if text_encoder else None
         report = statistics(plans, family, tokenizer)
+        log.info("%s", report)
         say(report, cls.hidden.unique_id)
         sheet = _images(preview.contact_sheet(plans, seen)[None])
         video = Types.VideoComponents(images=_images(preview.mosaic(seen)), frame_rate=Fraction(family.fps))

@@ -127,7 +127,7 @@ def test_an_empty_folder_and_missing_captions_are_refused(server, data):
     for caption in data.glob("*.txt"):
         caption.unlink()
     error, outcome = outcome_of(server, odd_training())
-    assert "6 of 6 videos" in error and "have no caption: zarko_00.mp4" in error and outcome is None
+    assert "6 of 6 videos" in error and "have no usable caption: zarko_00.mp4" in error and outcome is None
     for clip in data.glob("*.mp4"):
         clip.unlink()
     error, outcome = outcome_of(server, odd_training())
