@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
-_COLUMN, _GAP = 380, 40
+_WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Node:
     title: str
     column: int
     inputs: dict[str, Any]
+    size: tuple[int, int] = (_WIDTH, 0)  # at least, in pixels
 
     def __getitem__(self, slot: int) -> Out:
         return Out(self.id, slot)
@@ -42,8 +43,8 @@ class Graph:
     note: str
     nodes: list[Node] = field(default_factory=list)
 
-    def add(self, column: int, kind: str, title: str = "", **inputs: Any) -> Node:
-        node = Node(str(len(self.nodes) + 1), kind, title, column, inputs)
+    def add(self, column: int, kind: str, title: str = "", size: tuple[int, int] = (_WIDTH, 0), **inputs: Any) -> Node:
+        node = Node(str(len(self.nodes) + 1), kind, title, column, inputs, size)
         self.nodes.append(node)
         return node
 
@@ -65,15 +66,20 @@ class Graph:
         """The form that the editor opens."""
         placed, links = {}, []
         heights: dict[int, int] = {}
+        lefts = self._lefts()
         for order, node in enumerate(self.nodes):
             widgets = _widgets(node, info[node.kind])
             sockets = _sockets(info[node.kind])
             outputs = list(zip(info[node.kind]["output"], info[node.kind]["output_name"], strict=True))
-            height = 60 + 26 * max(len(sockets), len(outputs)) + 26 * len(widgets) + 60 * _texts(node, info[node.kind])
+            shown = sum(
+                _is_widget(kind) and not options.get("advanced") for _, kind, options in _inputs(info[node.kind])
+            )
+            height = 110 + 26 * max(len(sockets), len(outputs)) + 26 * shown + 60 * _texts(node, info[node.kind])
+            height = max(height, node.size[1])
             top = heights.get(node.column, 0)
             heights[node.column] = top + height + _GAP
             placed[node.id] = {
-                "id": int(node.id), "type": node.kind, "pos": [node.column * _COLUMN, top], "size": [_COLUMN - _GAP, height],
+                "id": int(node.id), "type": node.kind, "pos": [lefts[node.column], top], "size": [node.size[0], height],
                 "flags": {}, "order": order, "mode": 0,
                 "inputs": [{"name": name, "type": kind, "link": None} for name, kind in sockets],
                 "outputs": [{"name": name, "type": kind, "links": []} for kind, name in outputs],
@@ -89,10 +95,16 @@ class Graph:
             "config": {}, "extra": {}, "version": 0.4,
         }  # fmt: skip
 
+    def _lefts(self) -> list[int]:
+        """Where each column begins."""
+        columns = range(max(node.column for node in self.nodes) + 1)
+        widths = [max(node.size[0] for node in self.nodes if node.column == column) for column in columns]
+        return [sum(widths[:column]) + column * _GAP for column in columns]
+
     def _note(self) -> dict[str, Any]:
         number = len(self.nodes) + 1
         return {
-            "id": number, "type": "MarkdownNote", "pos": [0, -320], "size": [2 * _COLUMN - _GAP, 260], "flags": {},
+            "id": number, "type": "MarkdownNote", "pos": [0, -320], "size": [2 * _WIDTH + _GAP, 260], "flags": {},
             "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [self.note],
         }  # fmt: skip
 
@@ -202,13 +214,14 @@ captions through the text encoder; what is cached is never done again, and cance
     text = graph.add(0, "VideoLoRALoadT5", model=TEXT)
     data = graph.add(0, "VideoLoRADatasetFolder", caption_extension=".txt", width=832, height=480, frames="81", repeats=1,
                      batch_size=1, buckets=True, extraction="head", folder="character_1")  # fmt: skip
-    preview = graph.add(1, "VideoLoRADatasetPreview", datasets=data[0], vae=vae[0], text_encoder=text[0], shown=4)
+    preview = graph.add(
+        1, "VideoLoRADatasetPreview", size=(760, 700), datasets=data[0], vae=vae[0], text_encoder=text[0], shown=4
+    )
     graph.add(2, "SaveVideo", video=preview[1], filename_prefix="video/preview", format="auto", codec="auto")
-    graph.add(2, "PreviewAny", "Report", source=preview[2])
     latents = graph.add(3, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0])
     captions = graph.add(3, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
-    graph.add(4, "PreviewAny", "Latents", source=latents[1])
-    graph.add(4, "PreviewAny", "Captions", source=captions[1])
+    graph.add(4, "PreviewAny", "Latents", size=(_WIDTH, 180), source=latents[1])
+    graph.add(4, "PreviewAny", "Captions", size=(_WIDTH, 180), source=captions[1])
     return graph
 
 
