@@ -60,7 +60,7 @@ def subject(args: argparse.Namespace, number: int | None, device: torch.device):
     return planner.Subject(
         family=FAMILY, config=config, matrices=matrices, dtypes=dict.fromkeys(sizes, torch.float32), rows=rows,
         network=job.NetworkSettings(rank=args.rank, alpha=args.rank), device=device, latents=(1, 16, *latents),
-        conditions={"text_states": torch.empty(1, 512, 4096)},
+        conditions={"text_states": torch.empty(1, 512, 4096)}, optimizer_bytes=job.OptimizerSettings().kind.state_bytes,
     )  # fmt: skip
 
 

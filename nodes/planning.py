@@ -9,9 +9,11 @@ from comfy_api.latest import io
 from ..core.devices import free_memory
 from ..core.families import check_size, open_part
 from ..core.lora.loraid import Loraid, allocate
+from ..core.lora.network import NetworkSettings
 from ..core.shapes import VideoSize
 from ..core.training import planner
-from ..core.training.job import MemorySettings, NetworkSettings, OptimizerSettings
+from ..core.training.job import MemorySettings
+from ..core.training.optimizers import OptimizerSettings
 from . import handles
 from .progress import say
 
@@ -58,15 +60,17 @@ class MemoryPlan(io.ComfyNode):
     def execute(cls, dit: handles.DiTFile, width: int, height: int, frames: int, batch_size: int, free_gib: float,
                 loraid: Loraid | None = None, network: NetworkSettings | None = None,
                 optimizer: OptimizerSettings | None = None, memory: MemorySettings | None = None) -> io.NodeOutput:  # fmt: skip
-        family, device, network = dit.family, mm.get_torch_device(), network or NetworkSettings()
+        family, device = dit.family, mm.get_torch_device()
         checkpoint, part = open_part(dit.path, "dit")
         states = family.from_comfyui(torch.ones(1, 1, part.text_width), {})
         whole = {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
+        rows = allocate(dit.matrices, loraid).rows if loraid else whole
         subject = planner.Subject(
             family=family, config=part.config, matrices=dit.matrices, device=device,
             dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
-            rows=network.chosen(allocate(dit.matrices, loraid).rows if loraid else whole, whole), network=network,
-            optimizer=(optimizer or OptimizerSettings()).kind,
+            rows=network.chosen(rows, whole) if network else rows,
+            network=network or NetworkSettings(),
+            optimizer_bytes=(optimizer or OptimizerSettings()).kind.state_bytes,
             latents=(batch_size, family.latent.channels, *family.latent.latents(VideoSize(frames, height, width))),
             conditions=family.conditions([states] * batch_size),
         )  # fmt: skip

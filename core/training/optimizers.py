@@ -29,7 +29,7 @@ class Kind:
     arguments   what it may be given, with our defaults
     one_rate    whether all parameters must have the same learning rate
     least_rate  a learning rate below this is a mistake (for those that find the rate and take ours as a factor)
-    state_bytes what it keeps per trained parameter, about
+    state_bytes what it keeps for each parameter
     averages    whether it trains with one set of weights and gives out another, their average (schedule-free)
     """
 
@@ -40,7 +40,7 @@ class Kind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     one_rate: bool = False
     least_rate: float = 0.0
-    state_bytes: float = 8
+    state_bytes: int = 8
     averages: bool = False
 
     def check_installed(self) -> None:
@@ -64,12 +64,12 @@ _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 OPTIMIZERS: Mapping[str, Kind] = {
     "adamw": Kind(title="AdamW", path="torch.optim:AdamW", arguments=_ADAM),  # arXiv 1711.05101
     "adamw8bit": Kind(title="AdamW 8-bit", path="bitsandbytes.optim:AdamW8bit", package="bitsandbytes", arguments=_ADAM,
-                      state_bytes=2.1),
+                      state_bytes=2),
     # Of transformers: torch's own multiplies the rate by the size of the weights, which are zero at the start.
     "adafactor": Kind(title="Adafactor", path="transformers.optimization:Adafactor",  # arXiv 1804.04235
                       arguments={"eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None,
                                  "scale_parameter": False},
-                      fixed={"relative_step": False, "warmup_init": False}, state_bytes=0.1),
+                      fixed={"relative_step": False, "warmup_init": False}, state_bytes=1),
     "lion": Kind(title="Lion", path="lion_pytorch:Lion", package="lion-pytorch",  # arXiv 2302.06675
                  arguments={"betas": (0.9, 0.99)}, state_bytes=4),
     "prodigy": Kind(title="Prodigy", path="prodigyopt:Prodigy", package="prodigyopt",  # arXiv 2306.06101

@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..devices import training_dtype
 from ..family import Family
-from ..lora.adapter import Adapter, attached, untrained_adapters
+from ..lora.adapter import attached
 from ..lora.inventory import Matrix, blocks_of
 from ..lora.loraid import Rows
-from ..lora.network import NetworkSettings
+from ..lora.network import NetworkSettings, make_adapters
 from ..modules.attention import use_attention
 from ..modules.layers import RMSNorm
 from ..modules.quantized import FP8, STORINGS, Stored, Storing
@@ -39,7 +39,6 @@ from ..modules.streaming import block_bytes, buffers_bytes, streamed_blocks
 from . import loop
 from .batches import Batch
 from .job import MemorySettings
-from .optimizers import OPTIMIZERS, Kind
 
 _META = torch.device("meta")
 # Of what is free: the allocator's fragments, the libraries' workspaces, and what other programs take meanwhile.
@@ -60,7 +59,7 @@ class Subject:
     latents: tuple[int, ...]
     conditions: Mapping[str, Tensor]
     device: torch.device
-    optimizer: Kind = OPTIMIZERS["adamw"]
+    optimizer_bytes: int  # per trained parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +113,14 @@ def predict(subject: Subject, settings: MemorySettings) -> Plan:
     """What a training with these (manual) settings takes."""
     total, sizes = _weights(subject, settings.precision)
     streamed = [sizes[number] for number in streamed_blocks(settings.block_swap, len(sizes))]
-    peak, offloaded = step_activations(
+    peak, offloaded, trained = step_activations(
         subject, settings.precision, settings.gradient_checkpointing, settings.offload_checkpoints
     )
-    trained = _trained(subject)
     return Plan(
         settings=settings,
         weights=total - sum(streamed),
         streaming=buffers_bytes(streamed),
-        adapters=int(trained * (4 + subject.optimizer.state_bytes)),
+        adapters=trained * (4 + subject.optimizer_bytes),
         # The optimizer's own step makes about two floats per parameter beside the gradients, when activations are gone.
         activations=max(peak, 12 * trained),
         host=sum(streamed) + offloaded,
@@ -186,22 +184,26 @@ def _advice(subject: Subject, settings: MemorySettings, plan: Plan) -> str:
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 @torch.enable_grad()
-def step_activations(subject: Subject, precision: str, recompute: bool, offload: bool) -> tuple[int, int]:
-    """Most bytes of activations and gradients that live at once in a step on the device, and bytes offloaded meanwhile."""
+def step_activations(subject: Subject, precision: str, recompute: bool, offload: bool) -> tuple[int, int, int]:
+    """Most bytes of activations and gradients that live at once in a step on the device, bytes offloaded meanwhile, and
+    how many parameters are trained."""
     dit = _with_kernels_of(_on_meta(subject, precision), subject.device)
     dit.run_block.recompute = recompute
+    # Without the file to start from; and without dropout, whose masks are as small as the rank activations.
+    fresh = replace(
+        subject.network, start_from="", start_fingerprint="", dropout=0.0, rank_dropout=0.0, module_dropout=0.0
+    )
     parking = dit.run_block.offload = _Parking() if offload else None
-    adapters = _adapters(subject, dit)
     with _META:
+        adapters = make_adapters(dit, subject.rows, fresh, subject.matrices, "", seed=0)
         latents = torch.empty(subject.latents)
         batch = Batch(
             latents, latents, torch.empty(len(latents)), {n: v.to(_META) for n, v in subject.conditions.items()}
         )
-    frozen = [*dit.parameters(), *dit.buffers()]
-    trained = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    with attached(dit, adapters), LiveBytes([*frozen, *trained, latents]) as live:
+    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+    with attached(dit, adapters), LiveBytes([*dit.parameters(), *dit.buffers(), *parameters, latents]) as live:
         loop.flow_loss(dit, batch, _META).backward()
-    return live.peak, parking.most if parking else 0
+    return live.peak, parking.most if parking else 0, sum(parameter.numel() for parameter in parameters)
 
 
 @functools.lru_cache(maxsize=8)
@@ -210,23 +212,6 @@ def _weights(subject: Subject, precision: str) -> tuple[int, tuple[int, ...]]:
     dit = _on_meta(subject, precision)
     sizes = tuple(block_bytes(dit.get_submodule(path)) for path in blocks_of(subject.matrices))
     return sum(value.nbytes for value in (*dit.parameters(), *dit.buffers())), sizes
-
-
-def _adapters(subject: Subject, dit: nn.Module) -> dict[str, Adapter]:
-    """The adapters without data."""
-    network = subject.network
-    with _META:
-        made = untrained_adapters(
-            dit, subject.rows, network.rank, network.alpha, 0, kind=network.kind, factor=network.factor
-        )
-    return {name: adapter.to(_META) for name, adapter in made.items()}
-
-
-@functools.lru_cache(maxsize=8)
-def _trained(subject: Subject) -> int:
-    """Number of trained parameters."""
-    adapters = _adapters(subject, _on_meta(subject, "float32"))
-    return sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
 
 
 def _on_meta(subject: Subject, precision: str) -> nn.Module:

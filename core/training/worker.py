@@ -153,9 +153,9 @@ def _plan(this: Run, job: Job, family: Family, checkpoint: Checkpoint, part: Par
     batch = batches.make_batch(job, family, 0, largest, job.seed)
     subject = planner.Subject(
         family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
-        optimizer=job.optimizer.kind,
         dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
+        optimizer_bytes=job.optimizer.kind.state_bytes,
     )  # fmt: skip
     plan = planner.choose(subject, settings, free_memory(device), free_memory(torch.device("cpu")))
     log.info("planned: %s", plan)
