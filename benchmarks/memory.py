@@ -59,7 +59,8 @@ def subject(args: argparse.Namespace, number: int | None, device: torch.device):
     latents = FAMILY.latent.latents(shapes.VideoSize(args.frames, args.height, args.width))
     return planner.Subject(
         family=FAMILY, config=config, matrices=matrices, dtypes=dict.fromkeys(sizes, torch.float32), rows=rows,
-        network=job.NetworkSettings(rank=args.rank), latents=(1, 16, *latents), conditions={"text_states": torch.empty(1, 512, 4096)}, device=device,
+        network=job.NetworkSettings(rank=args.rank, alpha=args.rank), device=device, latents=(1, 16, *latents),
+        conditions={"text_states": torch.empty(1, 512, 4096)}, optimizer_bytes=job.OptimizerSettings().kind.state_bytes,
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def build(about, settings) -> torch.nn.Module:
 
 def trained(about, dit):
     """Adapters and their optimizer, and a batch."""
-    adapters = adapter.untrained_adapters(dit, about.rows, about.network.rank, 1.0, seed=0)
+    adapters = adapter.untrained_adapters(dit, about.rows, about.network.rank, about.network.alpha, seed=0)
     modules = torch.nn.ModuleList(adapters.values()).to(about.device)
     optimizer = optimizers.make_optimizer(modules.parameters(), job.OptimizerSettings())
     latents = torch.randn(about.latents)
