@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..core.data import caching, planning
 from ..core.data.caching import CacheStep
+from ..core.data.discovery import Item
 from ..core.data.planning import PlannedText, PlannedWindow
 from ..core.data.statistics import describe
 from ..core.family import Family
@@ -34,16 +35,19 @@ def _follow(steps: Iterator[CacheStep], node_id: str | None, what: str) -> list[
 
 def _counts(what: str, steps: Sequence[CacheStep], planned: Sequence[PlannedWindow | PlannedText]) -> list[str]:
     outcomes = [step.outcome for step in steps]
-    lines = [f"{what}: {outcomes.count('made')} made, {outcomes.count('kept')} up to date"]
+    failed = f", {outcomes.count('failed')} failed" if "failed" in outcomes else ""
+    lines = [f"{what}: {outcomes.count('made')} made, {outcomes.count('kept')} up to date{failed}"]
     foreign = sum(one.foreign for one in planned)
     if foreign:
         lines.append(f"  {foreign} of them made by another trainer; delete those files to have them made anew")
     return lines
 
 
-def _stale(planned: Sequence[PlannedWindow | PlannedText], family: Family, delete: bool) -> list[str]:
+def _stale(
+    planned: Sequence[PlannedWindow | PlannedText], family: Family, delete: bool, left_out: Sequence[Item] = ()
+) -> list[str]:
     """Say which files of earlier runs nothing needs any more, and delete them if that is wished."""
-    stale = planning.stale_files(planned, family)
+    stale = planning.stale_files(planned, family, left_out)
     if not stale:
         return []
     size = sum(path.stat().st_size for path in stale) / 2**20
@@ -111,9 +115,13 @@ class CacheLatents(io.ComfyNode):
         windows = [window for plan in plans for window in plan.windows]
         planning.check_distinct(windows)
         largest = max((window.size for window in windows), key=lambda size: size.height * size.width)
-        steps = caching.cache_latents(plans, vae.family, lambda: vae.load(largest), mm.get_torch_device(), batch_size)
+        steps = caching.cache_latents(
+            plans, vae.family, lambda: vae.load(largest, batch_size), mm.get_torch_device(), batch_size
+        )
         counts = _counts("latents", _follow(steps, node_id, "latents"), windows)
-        report = "\n".join([*counts, *map(describe, plans), *_stale(windows, vae.family, delete_stale)])
+        left_out = [item for plan in plans for item in plan.left_out]
+        stale = _stale(windows, vae.family, delete_stale, left_out)
+        report = "\n".join([*counts, *map(describe, plans), *stale])
         log.info("%s", report)
         say(report, node_id)
         return io.NodeOutput(handles.LatentCache(vae.family, tuple(plans)), report)

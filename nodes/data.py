@@ -14,7 +14,7 @@ from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..core.data import preview
 from ..core.data.config import CACHE_FOLDER, EXTRACTIONS, DatasetConfig, read_toml
-from ..core.data.discovery import IMAGES, VIDEOS, media_files
+from ..core.data.discovery import IMAGES, VIDEOS, frame_folders, media_files
 from ..core.data.planning import Dataset, plan_latents
 from ..core.data.statistics import statistics
 from ..core.families import check_size, open_part
@@ -149,7 +149,11 @@ class DatasetFolder(_DatasetNode):
     def find(cls, *, folder: str, caption_extension: str, **settings: Any) -> list[Dataset]:
         """The folder's videos and images, each as a data set."""
         path = paths.data_path(folder)
-        kinds = [kind for kind, extensions in (("video", VIDEOS), ("image", IMAGES)) if media_files(path, extensions)]
+        found = {
+            "video": media_files(path, VIDEOS) or frame_folders(path, caption_extension),
+            "image": media_files(path, IMAGES),
+        }
+        kinds = [kind for kind, sources in found.items() if sources]
         source = {"folder": path, "caption_extension": caption_extension}
         return [
             Dataset.find(_config(kind, cache=path / CACHE_FOLDER / f"{kind}s", **source, **settings))
@@ -246,7 +250,10 @@ class DatasetPreview(io.ComfyNode):
             progress.update(done, total, f"looking at clip {done + 1} of {total}")
 
         plans = [plan_latents(dataset, family, vae.identity, looking) for dataset in datasets]
-        seen = list(preview.sights(plans, family, shown))
+        chosen, seen = preview.choose(plans, shown), []
+        for sight in preview.sights(chosen, family):
+            seen.append(sight)
+            progress.update(len(seen), len(chosen), f"window {len(seen)} of {len(chosen)}")
         tokenizer = family.load_tokenizer(open_part(text_encoder.path, "text_encoder")[0]) if text_encoder else None
         report = statistics(plans, family, tokenizer)
         log.info("%s", report)

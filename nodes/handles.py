@@ -128,10 +128,10 @@ class VAEFile(ModelFile):
         """As of any model; tiles change the latents a little."""
         return digest([super().identity, self.tile_size]) if self.tile_size else super().identity
 
-    def load(self, pixels: VideoSize) -> VAE:
-        """The VAE on the compute device, for videos of this size."""
+    def load(self, pixels: VideoSize, batch_size: int = 1) -> VAE:
+        """The VAE on the compute device, for so many videos of this size at a time."""
         height, width = (min(side, self.tile_size or side) for side in pixels[1:])
-        memory = height * width * self.family.vae_elements * self.dtype.itemsize
+        memory = batch_size * height * width * self.family.vae_elements * self.dtype.itemsize
         vae = self.slot.on_device(lambda: self._module("vae", self.family.build_vae), memory)
         vae.cache_on_cpu = self.cache_on_cpu
         return TiledVAE(vae, self.tile_size, self.family.latent) if self.tile_size else vae

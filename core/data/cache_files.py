@@ -3,6 +3,7 @@ tensor per file named with its size and dtype, `varlen_` for per-sample lengths)
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from .windows import Window
 
 _FORMAT_VERSION = "1.0.1"
 _FINGERPRINT = "videolora_fingerprint"
+_LATENTS = re.compile(r"latents_\d+x\d+x\d+_")  # not latents_image_, which other trainers keep beside them
 _DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in safetensors.DTYPES.values()]
 
 
@@ -47,7 +49,7 @@ def is_foreign_latents(path: Path, size: VideoSize, family: Family) -> bool:
     header = _foreign(path, family)
     shape = (family.latent.channels, *size)
     return header is not None and any(
-        name.startswith("latents_") and info.shape == shape for name, info in header.tensors.items()
+        _LATENTS.match(name) and info.shape == shape for name, info in header.tensors.items()
     )
 
 
@@ -59,6 +61,12 @@ def is_foreign_text(path: Path, caption: str, family: Family) -> bool:
         and header.metadata.get("caption1") == caption
         and {_without_dtype(name) for name in header.tensors} == set(family.text_states)
     )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a whole file stands here that this pack did not write."""
+    header = _header(path)
+    return header is not None and _FINGERPRINT not in header.metadata
 
 
 def _foreign(path: Path, family: Family) -> safetensors.Header | None:
@@ -105,11 +113,16 @@ def save_latents(path: Path, latents: Tensor, size: VideoSize, family: Family, f
 def load_latents(path: Path, family: Family) -> Tensor:
     """Latents (C, F, H, W) in model space, float32."""
     tensors, _ = safetensors.load(path)
-    latents = next(value for name, value in tensors.items() if name.startswith("latents_")).float()
+    latents = next(value for name, value in tensors.items() if _LATENTS.match(name)).float()
     return latents if family.cache_scaled else family.latent.to_model(latents[None])[0]
 
 
 def save_text(path: Path, states: TextStates, caption: str, family: Family, fingerprint: str) -> None:
+    if not all(torch.isfinite(value).all() for value in states.values() if value.dtype.itemsize > 1):
+        raise ValueError(
+            f"the text encoder gave values that are not finite for {path.name}: choose another precision in its loader, such as "
+            "bfloat16; where that does not help its file may be damaged, get it again."
+        )
     metadata = {
         "architecture": family.name, "caption1": caption, "format_version": _FORMAT_VERSION, _FINGERPRINT: fingerprint,
     }  # fmt: skip

@@ -53,11 +53,6 @@ class _Batch:
     def is_read(self) -> bool:
         return all(frames is not None for frames in self.frames.values())
 
-    def leave_out(self, window: PlannedWindow, reason: str) -> None:
-        self.plan.left_out[window.item] = reason
-        self.plan.windows.remove(window)
-        del self.frames[window]
-
 
 def cache_latents(
     plans: Sequence[LatentPlan], family: Family, load_vae: Callable[[], VAE], device: torch.device, batch_size: int = 1
@@ -68,18 +63,18 @@ def cache_latents(
     asking for the next step: everything that was reported is on the disk. Raises OSError before anything is made when
     the disk has no room for it.
     """
-    total, done = sum(len(plan.windows) for plan in plans), 0
+    files = _each_once(plans)
+    total, done = sum(len(windows) for _, windows in files), 0
     batches: dict[PlannedWindow, _Batch] = {}
-    missing: list[PlannedWindow] = []
-    for plan in plans:
-        first = len(missing)
-        for window in plan.windows:
-            if window.is_cached or window in batches:
+    missing: set[PlannedWindow] = set()
+    for plan, windows in files:
+        for window in windows:
+            if window.is_cached:
                 done += 1
                 yield CacheStep(done, total, window.path.name, "kept")
             else:
-                missing.append(window)
-        batches |= _batches(plan, set(missing[first:]), batch_size)
+                missing.add(window)
+        batches |= _batches(plan, windows, missing, batch_size)
     if not missing:
         return
     check_room(missing, family)
@@ -88,7 +83,8 @@ def cache_latents(
         for window, frames in reads:
             batch = batches[window]
             if isinstance(frames, str):
-                batch.leave_out(window, frames)
+                del batch.frames[window]
+                _leave_out(window, frames, plans)
                 if window in batch.missing:
                     batch.missing.remove(window)
                     done += 1
@@ -104,25 +100,51 @@ def cache_latents(
         check_usable(plan)
 
 
-def _batches(plan: LatentPlan, missing: set[PlannedWindow], batch_size: int) -> dict[PlannedWindow, _Batch]:
+def _each_once(plans: Sequence[LatentPlan]) -> list[tuple[LatentPlan, list[PlannedWindow]]]:
+    """Each plan with its windows, but those whose file an earlier one names too."""
+    seen: set[Path] = set()
+    files = []
+    for plan in plans:
+        own = {window.path: window for window in plan.windows if window.path not in seen}
+        seen |= own.keys()
+        files.append((plan, list(own.values())))
+    return files
+
+
+def _leave_out(window: PlannedWindow, reason: str, plans: Sequence[LatentPlan]) -> None:
+    """A window that cannot be read is in no plan any more."""
+    for plan in plans:
+        kept = [other for other in plan.windows if other.path != window.path]
+        if len(kept) < len(plan.windows):
+            plan.windows[:] = kept
+            plan.left_out[window.item] = reason
+
+
+def _batches(
+    plan: LatentPlan, windows: Sequence[PlannedWindow], missing: set[PlannedWindow], batch_size: int
+) -> dict[PlannedWindow, _Batch]:
     """The batch of each window that has to be read."""
     by_size: dict[VideoSize, list[PlannedWindow]] = {}
-    for window in plan.windows:
+    for window in windows:
         if not window.foreign:
             by_size.setdefault(window.size, []).append(window)
     found = {}
-    for windows in by_size.values():
-        for start in range(0, len(windows), batch_size):
-            members = windows[start : start + batch_size]
+    for alike in by_size.values():
+        for start in range(0, len(alike), batch_size):
+            members = alike[start : start + batch_size]
             wanted = [window for window in members if window in missing]
             if wanted:
                 found |= dict.fromkeys(members, _Batch(plan, wanted, dict.fromkeys(members)))
     return found
 
 
-def check_room(missing: Sequence[PlannedWindow], family: Family) -> None:
+def check_room(missing: Iterable[PlannedWindow], family: Family) -> None:
     """Raise OSError when a disk cannot hold the latents that are still to be made."""
+    by_disk: dict[int, tuple[Path, int]] = {}
     for folder, needed in needed_bytes(missing, family).items():
+        disk = _existing(folder).stat().st_dev
+        by_disk[disk] = folder, by_disk.get(disk, (folder, 0))[1] + needed
+    for folder, needed in by_disk.values():
         free = free_bytes(folder)
         if needed > free:
             raise OSError(
@@ -142,7 +164,12 @@ def needed_bytes(windows: Iterable[PlannedWindow], family: Family) -> dict[Path,
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of a folder that need not exist yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _encode(batch: _Batch, vae: VAE, family: Family, device: torch.device) -> Iterator[PlannedWindow]:
@@ -160,9 +187,10 @@ def _read_ahead(
 ) -> Iterator[tuple[PlannedWindow, np.ndarray | str]]:
     """Every window with its frames (F, H, W, 3), or why they cannot be read. Several files are read at a time, as many
     as the memory allows."""
-    by_item: dict[tuple[Item, VideoSize], list[PlannedWindow]] = {}
+    by_item: dict[tuple[int, Item, VideoSize], list[PlannedWindow]] = {}
     for window in sorted(batches, key=lambda window: window.size):  # so that few batches are begun at a time
-        by_item.setdefault((window.item, window.size._replace(frames=0)), []).append(window)
+        plan = id(batches[window].plan)  # two data sets may read one clip in different ways
+        by_item.setdefault((plan, window.item, window.size._replace(frames=0)), []).append(window)
     limit = min(_READ_AHEAD, psutil.virtual_memory().available // 4)
     largest = max(prod(window.size) * 3 for window in batches)
     workers = max(1, min(limit // (2 * largest), _READERS, os.cpu_count() or 1))
@@ -201,6 +229,7 @@ def cache_text(
     """Make the text files that are missing or out of date, as `cache_latents` does. A caption is encoded alone: captions
     differ in length, and so none is padded to that of another."""
     missing, done = [], 0
+    plans = list({planned.path: planned for planned in plans}.values())
     for planned in plans:
         if planned.is_cached:
             done += 1

@@ -14,6 +14,8 @@ from .config import DatasetConfig
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"))
 VIDEOS = frozenset((".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"))
 
+_LONGEST_STEM = 180  # bytes; file systems take 255, and frames, size and family follow
+
 
 @dataclass(frozen=True)
 class Item:
@@ -27,14 +29,16 @@ class Item:
 def find_items(config: DatasetConfig, resolve: Callable[[str], Path] = Path) -> list[Item]:
     """All items of a data set, sorted. Raises ValueError when there are none, or that names all unusable captions."""
     rows = _from_jsonl(config, resolve) if config.jsonl is not None else _from_folder(config)
-    stems = Counter(source.stem for source, _ in rows)
+    stems = Counter(source.stem.casefold() for source, _ in rows)
     uses = Counter(source for source, _ in rows)
     return [Item(source, caption, _key(source, caption if uses[source] > 1 else "", stems)) for source, caption in rows]
 
 
 def _key(source: Path, caption: str, stems: Counter) -> str:
-    """The stem, as other trainers name their caches; with a hash where several items share a stem."""
-    return source.stem if stems[source.stem] == 1 else f"{source.stem}-{digest([str(source), caption])[:8]}"
+    """The stem, as other trainers name their caches; with a hash where several items share a stem, or it is too long."""
+    stem = source.stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
+    is_own = stems[source.stem.casefold()] == 1 and stem == source.stem
+    return stem if is_own else f"{stem}-{digest([str(source), caption])[:8]}"
 
 
 def media_files(folder: Path, extensions: frozenset[str]) -> list[Path]:
@@ -48,7 +52,7 @@ def _from_folder(config: DatasetConfig) -> list[tuple[Path, str]]:
     extensions = VIDEOS if config.kind == "video" else IMAGES
     sources = media_files(config.folder, extensions)
     if config.kind == "video":
-        sources = sorted([*sources, *_frame_folders(config.folder, config.caption_extension)])
+        sources = sorted([*sources, *frame_folders(config.folder, config.caption_extension)])
     if not sources:
         raise ValueError(f"the folder {config.folder} holds no {config.kind}s ({', '.join(sorted(extensions))}).")
     rows, problems = [], []
@@ -65,8 +69,10 @@ def _from_folder(config: DatasetConfig) -> list[tuple[Path, str]]:
     return rows
 
 
-def _frame_folders(folder: Path, caption_extension: str) -> list[Path]:
+def frame_folders(folder: Path, caption_extension: str) -> list[Path]:
     """Folders of images that stand for clips: those with a caption beside them."""
+    if not folder.is_dir():
+        return []
     return [path for path in folder.iterdir() if path.is_dir() and _caption_path(path, caption_extension).is_file()]
 
 
@@ -105,8 +111,9 @@ def _row(line: str, field: str, resolve: Callable[[str], Path]) -> tuple[Path, s
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str) or not isinstance(row.get("caption"), str):
         raise ValueError(f'it must have "{field}" and "caption" as texts.')
-    if "control_path" in row:
-        raise ValueError("'control_path' cannot be used, control data is not supported.")
+    control = next((key for key in row if key.startswith("control_path")), None)
+    if control:
+        raise ValueError(f"'{control}' cannot be used, control data is not supported.")
     if not row["caption"].strip():
         raise ValueError("the caption is empty.")
     source = resolve(row[field])

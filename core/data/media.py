@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .discovery import IMAGES, media_files
 from .windows import Window
@@ -36,9 +37,9 @@ def probe(path: Path, fps: float, source_fps: float | None = None) -> MediaInfo:
         frames = media_files(path, IMAGES)
         if not frames:
             raise UnreadableMedia("the folder holds no images")
-        return MediaInfo(*_open_image(frames[0]).size, len(frames))
+        return MediaInfo(*_image_size(frames[0]), len(frames))
     if path.suffix.lower() in IMAGES:
-        return MediaInfo(*_open_image(path).size, 1)
+        return MediaInfo(*_image_size(path), 1)
     with _Video(path, source_fps) as video:
         return MediaInfo(video.width, video.height, video.count(fps))
 
@@ -78,15 +79,32 @@ def _folder_frames(folder: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
         yield np.asarray(_fitted(_open_image(path), size))
 
 
+_ORIENTATION = 0x0112  # of EXIF; from 5 on the image lies on its side
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright image, from its header alone."""
+    with _readable(path) as image:
+        return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) >= 5 else image.size
+
+
 def _open_image(path: Path) -> Image.Image:
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
+    with _readable(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # Pillow would cut off everything above 255
+            return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        if image.mode.startswith("I;16"):  # Pillow would cut off everything above 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Image.Image]:
+    """The image; UnreadableMedia for whatever goes wrong with it inside the block (decoders raise many things)."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:
         raise UnreadableMedia(f"the image cannot be read ({error})") from error
 
 
@@ -97,11 +115,16 @@ def cover(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    width, height = cover(*image.size, size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    return image.crop((left, top, left + size[0], top + size[1]))
+    """Resized to cover `size` and cropped to its middle, which alone is made."""
+    if image.size == size:
+        return image
+    covering = cover(*image.size, size)
+    scale = [new / old for new, old in zip(covering, image.size, strict=True)]
+    start = [(new - wanted) // 2 for new, wanted in zip(covering, size, strict=True)]
+    left, top = (begin / by for begin, by in zip(start, scale, strict=True))
+    right, bottom = ((begin + wanted) / by for begin, wanted, by in zip(start, size, scale, strict=True))
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
 def _quarter_turns(path: Path) -> int:
@@ -123,6 +146,8 @@ class _Video:
             if not self.container.streams.video:
                 raise UnreadableMedia("it has no video stream")
             self.stream = self.container.streams.video[0]
+            if self.stream.codec_context is None:
+                raise UnreadableMedia("its codec is unknown")
             self.stream.thread_type = "AUTO"
             self.turns = _quarter_turns(path)
             self.rate = source_fps or float(self.stream.average_rate or self.stream.guessed_rate or 0)
@@ -132,7 +157,8 @@ class _Video:
             self.container.close()
             raise UnreadableMedia("its frame rate is unknown: give source_fps")
         self.timed = source_fps is None
-        self.stored = self.stream.codec_context.width, self.stream.codec_context.height
+        context = self.stream.codec_context
+        self.stored = round(context.width * float(self.stream.sample_aspect_ratio or 1)), context.height
         self.width, self.height = self.stored[::-1] if self.turns % 2 else self.stored
 
     def __enter__(self) -> _Video:
@@ -176,7 +202,7 @@ class _Video:
                 last = pts
                 start = pts if start is None else start
                 time = index / self.rate if pts is None else float((pts - (start or 0)) * frame.time_base)
-                yield time, pixels[top : top + size[1], left : left + size[0]]
+                yield time, pixels[top : top + size[1], left : left + size[0]].copy()  # lets go of what is cut off
         except av.error.FFmpegError as error:
             raise UnreadableMedia(f"the video is damaged ({error.strerror or error})") from error
 

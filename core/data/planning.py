@@ -15,9 +15,12 @@ from ..shapes import VideoSize
 from . import cache_files
 from .buckets import choose_bucket
 from .config import DatasetConfig
-from .discovery import Item, find_items
+from .discovery import IMAGES, Item, find_items, media_files
 from .media import MediaInfo, UnreadableMedia, probe
 from .windows import Window, choose_windows
+
+_READING = 1  # counts up when clips are read, resized or cropped in another way than before
+_BESIDE = "-videolora"  # added to a name that a file of another trainer has
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,10 @@ def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) 
         if foreign is not None:
             planned.append(PlannedWindow(item, window, pixels, info.frames, foreign, fingerprint(foreign), True))
             continue
-        identity = digest([content, encoder, list(pixels), list(window or ()), family.fps, config.source_fps])
+        identity = digest([_READING, content, encoder, list(pixels), list(window or ()), family.fps, config.source_fps])
         path = cache_files.latent_path(config.cache, item.key, window, size, family)
+        if cache_files.is_foreign(path):
+            path = cache_files.latent_path(config.cache, item.key + _BESIDE, window, size, family)
         planned.append(PlannedWindow(item, window, pixels, info.frames, path, identity))
     return planned
 
@@ -164,7 +169,7 @@ def _foreign_path(
 
 def _state(source: Path) -> tuple:
     """Sizes and times of change: while they stay the same, a file or a folder of frames is not read again."""
-    files = [source] if source.is_file() else sorted(source.iterdir())
+    files = [source] if source.is_file() else media_files(source, IMAGES)
     return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
@@ -178,7 +183,7 @@ def _content(source: Path, state: tuple) -> str:
     """What identifies the content of a file or a folder of frames."""
     if source.is_file():
         return fingerprint(source)
-    return digest([[path.name, fingerprint(path)] for path in sorted(source.iterdir()) if path.is_file()])
+    return digest([[path.name, fingerprint(path)] for path in media_files(source, IMAGES)])
 
 
 def content(item: Item) -> str:
@@ -192,6 +197,8 @@ def plan_text(dataset: Dataset, family: Family, encoder_identity: str) -> list[P
     for item in dataset.items:
         path = cache_files.text_path(dataset.config.cache, item.key, family)
         foreign = cache_files.is_foreign_text(path, item.caption, family)
+        if not foreign and cache_files.is_foreign(path):
+            path = cache_files.text_path(dataset.config.cache, item.key + _BESIDE, family)
         identity = fingerprint(path) if foreign else digest([item.caption, encoder_identity])
         planned.append(PlannedText(item.caption, path, identity, foreign))
     return planned
@@ -208,11 +215,17 @@ def check_distinct(planned: Iterable[PlannedWindow | PlannedText]) -> None:
             )
 
 
-def stale_files(planned: Sequence[PlannedWindow | PlannedText], family: Family) -> list[Path]:
+def stale_files(
+    planned: Sequence[PlannedWindow | PlannedText], family: Family, left_out: Iterable[Item] = ()
+) -> list[Path]:
     """Files in the planned caches that this pack made for this family and that nothing planned needs any more: of other
-    sizes, of clips that are gone. `planned` is all latents or all text of all data sets."""
+    sizes, of clips that are gone. `planned` is all latents or all text of all data sets; files of items that are
+    `left_out`, which may be readable again tomorrow, are not stale."""
     wanted = {one.path for one in planned}
     text = any(map(cache_files.is_text, wanted))
-    folders = sorted({path.parent for path in wanted})
-    found = (path for folder in folders for path in cache_files.ours(folder, family))
-    return [path for path in found if path not in wanted and cache_files.is_text(path) == text]
+    spared = tuple(f"{item.key}_" for item in left_out)
+    found = (path for folder in sorted({path.parent for path in wanted}) for path in cache_files.ours(folder, family))
+    return [
+        path for path in found
+        if path not in wanted and cache_files.is_text(path) == text and not path.name.startswith(spared)
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +23,8 @@ _MARGIN, _GAP = 24, 12
 _STRIP = 104  # height of a strip of frames
 _LANE = 10  # height of a window on a time line
 _CLIPS = 40  # time lines at most
+_MOVING = 16  # windows of videos that are shown from their first frame to their last
+T = TypeVar("T")
 _BACKGROUND, _TEXT, _FAINT, _BAR = "#1d1f24", "#e8e8ea", "#9a9ca4", "#3a3d46"
 _WARNING = "#ff7b72"
 _COLOURS = ("#4f8ef7", "#3fb68b", "#e3a83b", "#b07ce8", "#e8728e", "#55b9d6")
@@ -29,29 +32,49 @@ _COLOURS = ("#4f8ef7", "#3fb68b", "#e3a83b", "#b07ce8", "#e8728e", "#55b9d6")
 
 @dataclass(frozen=True)
 class Sight:
-    """A window and its frames (F, h, w, 3) uint8 as training crops them, made small."""
+    """A window and its frames (F, h, w, 3) uint8 as training crops them, made small; three of them, or all (`moves`)."""
 
     planned: PlannedWindow
     frames: np.ndarray
+    moves: bool
 
 
-def sights(plans: Sequence[LatentPlan], family: Family, shown: int, height: int = 2 * _STRIP) -> Iterator[Sight]:
-    """Up to `shown` windows of every bucket, spread over it and `height` pixels high; what cannot be read joins the
-    plan's `left_out`."""
+def choose(plans: Sequence[LatentPlan], shown: int) -> list[tuple[LatentPlan, PlannedWindow]]:
+    """Up to `shown` windows of every bucket, spread over it."""
+    chosen = []
     for plan in plans:
         by_size: dict[VideoSize, list[PlannedWindow]] = {}
         for window in plan.windows:
             by_size.setdefault(window.size, []).append(window)
         for windows in by_size.values():
-            for planned in (
-                windows[len(windows) * i // min(shown, len(windows))] for i in range(min(shown, len(windows)))
-            ):
-                try:
-                    frames = _frames(planned, plan, family)
-                except (UnreadableMedia, OSError) as error:
-                    plan.left_out[planned.item] = str(error)
-                    continue
-                yield Sight(planned, _small(frames, height))
+            chosen += [(plan, window) for window in _spread(windows, shown)]
+    return chosen
+
+
+def sights(
+    chosen: Sequence[tuple[LatentPlan, PlannedWindow]], family: Family, height: int = 2 * _STRIP
+) -> Iterator[Sight]:
+    """The chosen windows, `height` pixels high; what cannot be read joins its plan's `left_out`."""
+    moving = {id(window) for _, window in _spread([entry for entry in chosen if entry[1].window], _MOVING)}
+    for plan, planned in chosen:
+        try:
+            frames = _frames(planned, plan, family)
+        except (UnreadableMedia, OSError) as error:
+            plan.left_out[planned.item] = str(error)
+            continue
+        moves = id(planned) in moving
+        yield Sight(planned, _small(frames if moves else _three(frames), height), moves)
+
+
+def _spread(values: Sequence[T], count: int) -> list[T]:
+    """`count` of the values, evenly spaced, or all when there are fewer."""
+    count = min(count, len(values))
+    return [values[len(values) * index // count] for index in range(count)]
+
+
+def _three(frames: np.ndarray) -> np.ndarray:
+    """The first frame, the middle one and the last."""
+    return frames[np.linspace(0, len(frames) - 1, min(3, len(frames))).astype(int)]
 
 
 def _frames(planned: PlannedWindow, plan: LatentPlan, family: Family) -> np.ndarray:
@@ -68,12 +91,15 @@ def _small(frames: np.ndarray, height: int) -> np.ndarray:
 
 
 def mosaic(seen: Sequence[Sight], columns: int = 4) -> np.ndarray:
-    """All windows side by side, (F, H, W, 3) uint8; a window that ends earlier stands still on its last frame."""
+    """The windows that move side by side, (F, H, W, 3) uint8 with even sides, which video encoders ask for; a window that
+    ends earlier stands still on its last frame."""
+    seen = [sight for sight in seen if sight.moves]
+    if not seen:
+        return np.zeros((1, 16, 16, 3), np.uint8)
     count = max(len(sight.frames) for sight in seen)
     width, height = max(sight.frames.shape[2] for sight in seen), max(sight.frames.shape[1] for sight in seen)
     columns = min(columns, len(seen))
     rows = -(-len(seen) // columns)
-    # Even sides, which video encoders ask for.
     canvas = np.zeros((count, rows * height + rows * height % 2, columns * width + columns * width % 2, 3), np.uint8)
     for index, sight in enumerate(seen):
         frames = sight.frames[np.minimum(np.arange(count), len(sight.frames) - 1)]
@@ -127,8 +153,7 @@ def _cells(seen: Sequence[Sight]) -> Image.Image:
 
 
 def _cell(sight: Sight) -> Image.Image:
-    frames = sight.frames
-    shown = _small(frames[np.linspace(0, len(frames) - 1, min(3, len(frames))).astype(int)], _STRIP)
+    shown = _small(_three(sight.frames), _STRIP)
     strip = np.concatenate([np.pad(frame, ((0, 0), (0, 2), (0, 0))) for frame in shown], axis=1)
     width = max(strip.shape[1], 240)
     image = Image.new("RGB", (width, _STRIP + 58), _BACKGROUND)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from .config import DatasetConfig
 
 
@@ -43,9 +45,7 @@ def _slide(config: DatasetConfig, frames: int, length: int) -> Iterable[int]:
 
 
 def _uniform(config: DatasetConfig, frames: int, length: int) -> Iterable[int]:
-    if config.frame_sample == 1:
-        return (0,)
-    return ((frames - length) * index // (config.frame_sample - 1) for index in range(config.frame_sample))
+    return np.linspace(0, frames - length, config.frame_sample).astype(int).tolist()  # as other trainers round
 
 
 _STARTS = {"head": _head, "chunk": _chunk, "slide": _slide, "uniform": _uniform}

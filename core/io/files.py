@@ -31,7 +31,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises OSError that names the target: on a full or read-only disk the file that stood there is unchanged. What a
     killed process left behind is removed.
     """
-    temporary = path.with_name(f".{path.name[:180]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{_short(path.name)}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_over(path)
@@ -61,8 +61,13 @@ def _unwritable(path: Path, error: OSError) -> OSError:
     )
 
 
+def _short(name: str) -> str:
+    """A name that leaves room for more: file systems count bytes."""
+    return name if len(name.encode()) <= 180 else digest(name)
+
+
 def _remove_left_over(path: Path) -> None:
-    for old in path.parent.glob(f".{glob.escape(path.name[:180])}.*.tmp"):
+    for old in path.parent.glob(f".{glob.escape(_short(path.name))}.*.tmp"):
         pid = old.name.split(".")[-2].split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             old.unlink(missing_ok=True)

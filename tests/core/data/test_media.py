@@ -305,10 +305,53 @@ def cut_image(path):
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path, clip, name):
     path = tmp_path / name
     BROKEN[name](path, clip())
-    with pytest.raises(UnreadableMedia, match=r"\w+ \w+"):
-        probe(path, FPS)
+    if not name.startswith("cut.") or name == "cut.mp4":  # of an image only the header is looked at
+        with pytest.raises(UnreadableMedia, match=r"\w+ \w+"):
+            probe(path, FPS)
     with pytest.raises(UnreadableMedia, match=r"\w+ \w+"):
         read_image(path, SIZE) if path.suffix in (".png", ".jpg", ".webp") else read(path, (0, 1))
+
+
+def test_a_video_of_an_unknown_codec_is_refused(tmp_path):
+    path = write(tmp_path / "clip.mkv", range(FRAMES))
+    whole = path.read_bytes()
+    assert b"V_MPEG4/ISO/AVC" in whole
+    path.write_bytes(whole.replace(b"V_MPEG4/ISO/AVC", b"V_XXXXX/XXX/XXX"))
+    with pytest.raises(UnreadableMedia):
+        probe(path, FPS)
+
+
+def test_sixteen_bit_grey_with_a_transparent_value_keeps_its_grey(tmp_path):
+    image = Image.fromarray(np.full((32, 32), 120 * 257, np.uint16))
+    image.save(tmp_path / "grey.png", transparency=1)
+    assert (read_image(tmp_path / "grey.png", (32, 32)) == 120).all()
+
+
+@pytest.mark.parametrize("size", [(40, 1000), (1000, 40), (70, 50), (31, 33)])
+def test_only_the_middle_that_is_kept_is_made_and_it_is_that_of_the_whole_image(tmp_path, size):
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    picture = np.stack([128 + 90 * np.sin(rows / 9), 128 + 90 * np.cos(columns / 7), rows * 0 + 50], -1).astype(
+        np.uint8
+    )
+    Image.fromarray(picture).save(tmp_path / "image.png")
+    covering = cover(*size, (96, 64))
+    left, top = (covering[0] - 96) // 2, (covering[1] - 64) // 2
+    whole = np.asarray(Image.fromarray(picture).resize(covering, Image.Resampling.LANCZOS))
+    expected = whole[top : top + 64, left : left + 96].astype(int)
+    made = read_image(tmp_path / "image.png", (96, 64))[0].astype(int)
+    assert np.abs(made - expected)[2:-2, 2:-2].max() <= 2  # at the rim less of what was cut off is mixed in
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path):
+    with av.open(str(tmp_path / "wide.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode())
+    info = probe(tmp_path / "wide.mkv", 16)
+    assert (info.width, info.height, info.frames) == (128, 48, 5)
 
 
 @pytest.mark.parametrize("damage", ["zeros", "cut"])

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from videolora.core.data import caching
+from videolora.core.data.cache_files import load_latents
 from videolora.core.data.caching import cache_latents, cache_text
 from videolora.core.data.config import DatasetConfig
 from videolora.core.data.planning import Dataset, plan_latents, plan_text, stale_files
@@ -93,8 +94,8 @@ def test_latents_of_images_that_another_trainer_made_are_found_by_the_size_of_th
     assert [window.path for window in plan.windows if window.foreign] == [path]
 
 
-@pytest.mark.parametrize("how", ["another size", "another family", "older than the clip", "cut in half"])
-def test_latents_of_another_trainer_that_do_not_fit_are_made_again(folder, how):
+@pytest.mark.parametrize("how", ["another size", "another family", "older than the clip"])
+def test_latents_of_another_trainer_that_do_not_fit_are_left_alone_and_made_beside_them(folder, how):
     shape = (16, 3, 4, 4) if how == "another size" else (16, 3, 4, 6)
     architecture = "hunyuan_video" if how == "another family" else "wan"
     path = foreign_latents(
@@ -102,10 +103,17 @@ def test_latents_of_another_trainer_that_do_not_fit_are_made_again(folder, how):
     )
     if how == "older than the clip":
         os.utime(path, (1, 1))
-    if how == "cut in half":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    plan, outcomes = cache(dataset(folder))
-    assert set(outcomes.values()) == {"made"} and not any(window.foreign for window in plan.windows)
+    before = path.read_bytes()
+    for outcome in ("made", "kept"):
+        plan, outcomes = cache(dataset(folder))
+        assert set(outcomes.values()) == {outcome} and not any(window.foreign for window in plan.windows)
+    assert path.read_bytes() == before and path not in {window.path for window in plan.windows}
+
+
+def test_half_a_file_is_made_whole(folder):
+    path = foreign_latents(folder / "cache" / "zarko_00_00000-009_0048x0032_wan.safetensors", (16, 3, 4, 6))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert cache(dataset(folder))[1][path.name] == "made"
 
 
 def test_text_states_that_another_trainer_made_are_used_while_the_caption_is_the_same(images):
@@ -254,7 +262,92 @@ def test_what_is_still_to_be_written_is_what_the_files_hold(folder):
 def test_two_data_sets_of_the_same_clips_share_their_files(folder):
     plans = [plan_latents(dataset(folder), WAN, "the VAE") for _ in range(2)]
     steps = list(cache_latents(plans, WAN, MeanVAE, CPU))
-    assert [step.outcome for step in steps].count("made") == 2 and len(steps) == 4
+    assert [step.outcome for step in steps] == ["made"] * 2 and steps[-1].total == 2
+    texts = plan_text(dataset(folder), WAN, "the encoder") * 2
+    assert len(list(cache_text(texts, WAN, Encoder))) == 2
+
+
+def test_two_data_sets_may_read_the_same_clips_in_two_ways_into_two_places(folder):
+    settings = [{"cache": folder / "a"}, {"cache": folder / "b", "source_fps": 8.0}]
+    together = [plan_latents(dataset(folder, **one), WAN, "the VAE") for one in settings]
+    list(cache_latents(together, WAN, FirstAndLast, CPU))
+    for plan, one in zip(together, settings, strict=True):
+        (alone,) = [
+            plan_latents(dataset(folder, **{**one, "cache": folder / "alone" / one["cache"].name}), WAN, "the VAE")
+        ]
+        list(cache_latents([alone], WAN, FirstAndLast, CPU))
+        for window, other in zip(plan.windows, alone.windows, strict=True):
+            assert window.path.read_bytes() == other.path.read_bytes()
+
+
+class FirstAndLast(MeanVAE):
+    """Latents that tell a clip read at one rate from the same clip read at another."""
+
+    def encode(self, video):
+        return super().encode(video) * 0 + (video[:, :, 0] - video[:, :, -1]).abs().mean()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("broken", [False, True])
+def test_windows_that_two_data_sets_share_are_made_or_left_out_in_both(folder, batch_size, broken):
+    plans = [plan_latents(dataset(folder, frame_extraction=how, target_frames=frames), WAN, "the VAE")
+             for how, frames in (("head", (9,)), ("chunk", (5, 9)))]  # fmt: skip
+    if broken:
+        (folder / "zarko_00.mp4").write_bytes(b"broken since")
+    list(cache_latents(plans, WAN, MeanVAE, CPU, batch_size))
+    for plan in plans:
+        assert plan.windows and all(window.is_cached for window in plan.windows)
+        assert [item.source.name for item in plan.left_out] == (["zarko_00.mp4"] if broken else [])
+
+
+def test_text_states_that_are_not_finite_are_never_stored(images):
+    class Overflowing(Encoder):
+        def encode(self, prompts):
+            return [{"varlen_t5": torch.full((2, 8), torch.nan)} for _ in prompts]
+
+    with pytest.raises(ValueError, match="not finite"):
+        list(cache_text(plan_text(dataset(images, kind="image"), WAN, "the encoder"), WAN, Overflowing))
+    assert not list(images.glob("cache/*"))
+
+
+def test_latents_beside_those_of_an_image_condition_are_told_apart(images):
+    path = images / "cache" / "im_3_0100x0064_wan.safetensors"
+    path.parent.mkdir()
+    save_file({"latents_image_1x4x6_float32": torch.zeros(20, 1, 4, 6), "latents_1x4x6_bfloat16": torch.ones(16, 1, 4, 6).bfloat16()},
+              path, {"architecture": "wan"})  # fmt: skip
+    plan = plan_latents(dataset(images, kind="image"), WAN, "the VAE")
+    assert [window.path for window in plan.windows if window.foreign] == [path]
+    assert load_latents(path, WAN).shape == (16, 1, 4, 6)
+
+
+def test_names_of_any_length_are_cached(images):
+    name = "光" * 70
+    for suffix in (".png", ".txt"):
+        (images / f"im_0{suffix}").rename(images / f"{name}{suffix}")
+    found = dataset(images, kind="image")
+    assert set(cache(found)[1].values()) == {"made"} and set(cache(found)[1].values()) == {"kept"}
+    list(cache_text(plan_text(found, WAN, "the encoder"), WAN, Encoder))
+    assert all(one.is_cached for one in plan_text(found, WAN, "the encoder"))
+
+
+def test_caches_of_an_item_that_cannot_be_read_today_are_not_stale(images):
+    found = dataset(images, kind="image")
+    cache(found)
+    (images / "im_2.png").write_bytes(b"")
+    plan = plan_latents(found, WAN, "the VAE")
+    assert [item.source.name for item in plan.left_out] == ["im_2.png"]
+    assert stale_files(plan.windows, WAN, plan.left_out) == []
+    assert len(stale_files(plan.windows, WAN)) == 1
+
+
+def test_what_lies_beside_the_images_of_a_clip_does_not_change_it(tmp_path):
+    (tmp_path / "walk").mkdir()
+    for index in range(9):
+        Image.new("RGB", (48, 32), (index * 20,) * 3).save(tmp_path / "walk" / f"{index}.png")
+    (tmp_path / "walk.txt").write_text("it brightens")
+    assert set(cache(dataset(tmp_path))[1].values()) == {"made"}
+    (tmp_path / "walk" / "Thumbs.db").write_bytes(b"made by looking")
+    assert set(cache(dataset(tmp_path))[1].values()) == {"kept"}
 
 
 def test_numpy_frames_survive(folder):

@@ -4,10 +4,11 @@ import clips
 import numpy as np
 import pytest
 from PIL import Image
+from videolora.core.data import preview
 from videolora.core.data.config import DatasetConfig
 from videolora.core.data.media import read_windows
 from videolora.core.data.planning import Dataset, plan_latents
-from videolora.core.data.preview import WIDTH, contact_sheet, mosaic, sights
+from videolora.core.data.preview import WIDTH, choose, contact_sheet, mosaic, sights
 from videolora.core.families import FAMILIES
 
 WAN = FAMILIES["wan"]
@@ -31,7 +32,7 @@ def plans(tmp_path):
 
 
 def test_windows_of_every_bucket_are_shown_as_training_crops_them(plans):
-    seen = list(sights(plans, WAN, shown=2, height=64))
+    seen = list(sights(choose(plans, 2), WAN, height=64))
     by_size = {}
     for sight in seen:
         by_size.setdefault(sight.planned.size, []).append(sight)
@@ -39,7 +40,7 @@ def test_windows_of_every_bucket_are_shown_as_training_crops_them(plans):
         window.size: 2 for plan in plans for window in plan.windows
     }
     for sight in seen:
-        assert len(sight.frames) == sight.planned.size.frames
+        assert len(sight.frames) == sight.planned.size.frames and sight.moves == (sight.planned.window is not None)
         if sight.planned.window:
             size = (sight.planned.size.width, sight.planned.size.height)
             ((_, frames),) = read_windows(sight.planned.item.source, [sight.planned.window], size, WAN.fps)
@@ -48,12 +49,12 @@ def test_windows_of_every_bucket_are_shown_as_training_crops_them(plans):
 
 
 def test_what_is_shown_of_a_bucket_is_spread_over_its_clips(plans):
-    seen = list(sights(plans[:1], WAN, shown=3))
+    seen = list(sights(choose(plans[:1], 3), WAN))
     assert {sight.planned.item.source.stem for sight in seen} == {"zarko_00", "zarko_01", "zarko_02"}
 
 
 def test_the_contact_sheet_shows_every_window_and_changes_with_captions_and_left_out_files(plans):
-    seen = list(sights(plans, WAN, shown=2))
+    seen = list(sights(choose(plans, 2), WAN))
     sheet = contact_sheet(plans, seen)
     assert sheet.shape[1:] == (WIDTH, 3) and sheet.dtype == np.uint8
     for colour in ((255, 0, 0), (0, 255, 0)):  # first and second of the images shown
@@ -63,8 +64,9 @@ def test_the_contact_sheet_shows_every_window_and_changes_with_captions_and_left
 
 
 def test_the_mosaic_holds_every_window_to_its_end_and_shorter_ones_stand_still(plans):
-    seen = list(sights(plans, WAN, shown=1, height=48))
+    seen = list(sights(choose(plans, 1), WAN, height=48))
     frames = mosaic(seen, columns=2)
+    seen = [sight for sight in seen if sight.moves]
     assert len(frames) == 9 and frames.shape[1] % 2 == frames.shape[2] % 2 == 0
     width = max(sight.frames.shape[2] for sight in seen)
     for index, sight in enumerate(seen):
@@ -77,6 +79,17 @@ def test_the_mosaic_holds_every_window_to_its_end_and_shorter_ones_stand_still(p
 def test_a_clip_that_breaks_while_it_is_shown_is_named_and_the_rest_is_shown(plans):
     path = plans[0].windows[0].item.source
     path.write_bytes(b"changed since")
-    seen = list(sights(plans, WAN, shown=9))
+    seen = list(sights(choose(plans, 9), WAN))
     assert path.name in " ".join(plans[0].problems)
     assert all(sight.planned.item.source != path for sight in seen) and seen
+
+
+def test_of_many_windows_a_few_move_and_the_others_are_kept_as_three_frames(plans, monkeypatch):
+    monkeypatch.setattr(preview, "_MOVING", 2)
+    seen = list(sights(choose(plans[:1], 99), WAN, height=16))
+    assert sum(sight.moves for sight in seen) == 2 < len(seen)
+    assert all(len(sight.frames) == 3 for sight in seen if not sight.moves)
+
+
+def test_there_is_a_mosaic_even_of_nothing():
+    assert mosaic([]).shape == (1, 16, 16, 3)
