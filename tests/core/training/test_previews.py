@@ -5,10 +5,9 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
-import reference
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_job import WAN, job, work
 from videolora.core.data import cache_files
 from videolora.core.families import open_part
@@ -21,27 +20,9 @@ from videolora.core.shapes import VideoSize
 from videolora.core.training import previews as previews_module
 from videolora.core.training import run as runs
 from videolora.core.training.job import MemorySettings, NetworkSettings, OptimizerSettings, SaveSettings, TrainingSet
-from videolora.core.training.prompts import Preview, PreviewSettings
+from videolora.core.training.prompts import PreviewSettings
 from videolora.core.training.run import Run
 from videolora.core.weights import load_into
-
-
-@pytest.fixture(scope="module")
-def shown(made):
-    """Settings of a video and a picture every two steps."""
-    folder = made[0]
-    _, vae = reference.vector("wan21_vae")
-    save_file(vae, folder / "vae.safetensors")
-    generator = torch.Generator().manual_seed(3)
-    for name in ("positive", "negative"):
-        states = {"varlen_t5": torch.randn(5, 4096, generator=generator)}
-        cache_files.save_text(folder / f"{name}.safetensors", states, name, WAN, "")
-    common = {
-        "prompt": "a cat", "states": str(folder / "positive.safetensors"), "width": 48, "height": 32, "steps": 2,
-        "seed": 5, "guidance": 4.0, "shift": 3.0, "negative_states": str(folder / "negative.safetensors"),
-    }  # fmt: skip
-    prompts = (Preview(frames=5, **common), Preview(frames=1, **{**common, "negative_states": "", "guidance": 1.0}))
-    return PreviewSettings(prompts=prompts, every_steps=2, at_start=True, vae=str(folder / "vae.safetensors"))
 
 
 def small(made, tmp_path, name="loras", **changes):
