@@ -1,7 +1,8 @@
 """Trains a run, to be killed while it does.
 
-Run as `training_process.py` it forks, for every line it reads, a process that works on the run in that folder (importing
-torch anew would take longer than the training), writes its number, and when it has ended, how.
+Run as `training_process.py` it forks, for every line it reads, a process that works on the run in that folder, writes its
+number, and when it has ended, how. The first run it works on itself: what is imported then is there for all others, which
+takes longer than the training.
 """
 
 import os
@@ -18,6 +19,7 @@ torch.set_num_threads(1)
 worker = pack.load("core.training.worker")
 
 if __name__ == "__main__":
+    worker.work(Path(sys.stdin.readline().strip()), "cpu")
     for folder in sys.stdin:
         child = os.fork()
         if not child:
