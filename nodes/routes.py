@@ -47,7 +47,7 @@ async def _list(request: web.Request) -> web.Response:
 async def _show(request: web.Request) -> web.Response:
     tail = request.query.get("tail", "100")
     if not tail.isascii() or not tail.isdigit() or not 0 <= int(tail) <= _MOST_STEPS:
-        raise _error(web.HTTPBadRequest, f"tail is '{tail}': use 0 to {_MOST_STEPS}.")
+        raise web.HTTPBadRequest(text=f"tail is '{tail}': use 0 to {_MOST_STEPS}.")
     run = _found(request)
     return web.json_response(await asyncio.to_thread(_details, run, int(tail)))
 
@@ -55,9 +55,9 @@ async def _show(request: web.Request) -> web.Response:
 async def _control(request: web.Request) -> web.Response:
     run, command = _found(request), request.match_info["command"]
     if command not in _COMMANDS:
-        raise _error(web.HTTPNotFound, f"'{command}' is unknown: use {', '.join(_COMMANDS)}.")
+        raise web.HTTPNotFound(text=f"'{command}' is unknown: use {', '.join(_COMMANDS)}.")
     if not run.is_alive():
-        raise _error(web.HTTPConflict, "this run is not at work: queue its training again to go on.")
+        raise web.HTTPConflict(text="this run is not at work: queue its training again to go on.")
     _COMMANDS[command](run)
     return web.json_response(_described(run))
 
@@ -66,15 +66,14 @@ def _found(request: web.Request) -> Run:
     try:
         return Run.find(paths.runs_folder(), request.match_info["id"])
     except ValueError as error:
-        raise _error(web.HTTPNotFound, str(error)) from error
-
-
-def _error(kind: type[web.HTTPException], message: str) -> web.HTTPException:
-    return kind(text=message)
+        raise web.HTTPNotFound(text=str(error)) from error
 
 
 def _described(run: Run) -> dict[str, Any]:
-    job = run.job()
+    try:
+        job = run.job()
+    except ValueError as error:  # of another version of this pack
+        return {"id": run.folder.name, "error": str(error), "status": run.status()}
     return {"id": run.folder.name, "name": job.name, "steps": job.steps, "status": run.status()}
 
 
