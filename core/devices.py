@@ -29,6 +29,14 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what the allocator keeps for later, so that it counts as free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 def best_device() -> torch.device:
     """The accelerator of this process, else the CPU."""
     if torch.accelerator.is_available():

@@ -7,6 +7,8 @@ from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .loaders import LoadDiT, LoadT5, LoadVAE
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .planning import MemoryPlan
+from .previews import PreviewSettingsNode
+from .routes import add_routes
 from .sampling import CFGSkip, Decode, EmptyLatent, EncodeText, FlowSchedule, Sample
 from .settings import (
     MemorySettingsNode,
@@ -16,6 +18,7 @@ from .settings import (
     SelectLORAID,
     ShowTimesteps,
     TimestepSettingsNode,
+    WatchSettingsNode,
 )
 from .training import Train
 
@@ -24,12 +27,15 @@ NODES: list[type[io.ComfyNode]] = [
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
-    MemorySettingsNode, SaveSettingsNode, MemoryPlan, Train,
+    MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
     EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip
 
 
 class VideoLoRA(ComfyExtension):
+    async def on_load(self) -> None:
+        add_routes()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -39,6 +39,8 @@ Optimizer = io.Custom("VIDEOLORA_OPTIMIZER")
 Timesteps = io.Custom("VIDEOLORA_TIMESTEPS")
 Memory = io.Custom("VIDEOLORA_MEMORY")
 SaveType = io.Custom("VIDEOLORA_SAVE")
+Watch = io.Custom("VIDEOLORA_WATCH")
+Previews = io.Custom("VIDEOLORA_PREVIEWS")
 Stack = io.Custom("VIDEOLORA_LORAS")
 ScheduleType = io.Custom("VIDEOLORA_SCHEDULE")
 

@@ -75,6 +75,17 @@ def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "videolora" / "runs"
 
 
+def prompts_folder() -> Path:
+    """Where the encoded prompts of previews are kept."""
+    return Path(folder_paths.get_output_directory()) / "videolora" / "prompts"
+
+
+def shown(path: Path) -> dict[str, str]:
+    """A file below ComfyUI's output, as the editor asks the server for it."""
+    folder = path.parent.relative_to(folder_paths.get_output_directory())
+    return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output"}
+
+
 def model_state(folder: str, name: str) -> list[list]:
     """Changes when the file (or a shard of it) is replaced."""
     try:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import comfy.model_management as mm
 from comfy.utils import ProgressBar
+from PIL import Image
 from server import PromptServer
+
+_PICTURE_SIDE = 512  # pixels at most
 
 
 class Progress:
@@ -14,10 +17,10 @@ class Progress:
         self.node_id = node_id
         self.bar = ProgressBar(total, node_id=node_id)
 
-    def update(self, done: int, total: int, text: str = "") -> None:
+    def update(self, done: int, total: int, text: str = "", picture: Image.Image | None = None) -> None:
         """Show how far it is. Raises ComfyUI's interrupt when the user has cancelled."""
         mm.throw_exception_if_processing_interrupted()
-        self.bar.update_absolute(done, total)
+        self.bar.update_absolute(done, total, picture and ("JPEG", picture, _PICTURE_SIDE))
         if text:
             say(text, self.node_id)
 

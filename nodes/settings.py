@@ -26,6 +26,7 @@ from ..core.training.job import (
     OptimizerSettings,
     SaveSettings,
     TimestepSettings,
+    WatchSettings,
 )
 from ..core.training.loss import WEIGHTINGS
 from ..core.training.optimizers import OPTIMIZERS
@@ -375,16 +376,50 @@ class SaveSettingsNode(io.ComfyNode):
                              tooltip="Keep only so many of these files. 0: keep all."),
                 io.Combo.Input("precision", options=list(FILE_PRECISIONS), default=default["precision"],
                                tooltip="Precision of the files. float32 doubles their size and is rarely worth it."),
+                io.Int.Input("keep_states", default=default["keep_states"], min=1, max=100, optional=True, advanced=True,
+                             tooltip="How many states to go on from are kept. With 2 a damaged one costs a little time, not the "
+                             "training."),
             ],
             outputs=[handles.SaveType.Output("save", display_name="save")],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, every_steps, every_epochs, keep, precision) -> bool | str:
-        return _checked(
-            SaveSettings, every_steps=every_steps, every_epochs=every_epochs, keep=keep, precision=precision
-        )
+    def validate_inputs(cls, **settings) -> bool | str:
+        return _checked(SaveSettings, **settings)
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
         return io.NodeOutput(SaveSettings(**settings))
+
+
+class WatchSettingsNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = _defaults(WatchSettings)
+        return io.Schema(
+            node_id="VideoLoRAWatchSettings",
+            display_name="Watch Settings",
+            category=CATEGORY,
+            description="How a training is watched: validation with clips that are not trained, TensorBoard, and when to give up.",
+            inputs=[
+                io.Float.Input("validation_share", default=default["validation_share"], min=0.0, max=0.5, step=0.05, round=0.001,
+                               tooltip="Share of the clips that is held out and never trained. Their loss shows when the LoRA begins "
+                               "to learn the others by heart. 0.1 is good with 20 clips or more; 0 switches it off."),
+                io.Int.Input("validation_every_steps", default=default["validation_every_steps"], min=1, max=100000,
+                             tooltip="How often the held-out clips are looked at. Each of them costs four forward passes."),
+                io.Int.Input("skipped_in_a_row", default=default["skipped_in_a_row"], min=1, max=10000, optional=True,
+                             advanced=True, tooltip="Steps whose loss is not finite are skipped; after so many in a row the training "
+                             "ends with an error."),
+                io.Boolean.Input("tensorboard", default=default["tensorboard"], optional=True,
+                                 tooltip="Also write files for TensorBoard into the run's folder. Needs the package tensorboard."),
+            ],
+            outputs=[handles.Watch.Output("watch", display_name="watch")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, **settings) -> bool | str:
+        return _checked(WatchSettings, check=lambda made: made.check_installed(), **settings)
+
+    @classmethod
+    def execute(cls, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput(WatchSettings(**settings))

@@ -11,10 +11,12 @@ from typing import Any
 
 import comfy.model_management as mm
 from comfy_api.latest import io
+from PIL import Image
 
 from ..core.data.config import describe
 from ..core.io import safetensors
 from ..core.io.files import fingerprint
+from ..core.io.video import first_frame
 from ..core.lora.loraid import Loraid, allocate
 from ..core.lora.network import read_start
 from ..core.lora.stack import StackEntry
@@ -25,8 +27,10 @@ from ..core.training.job import (
     OptimizerSettings,
     TrainingItem,
     TrainingSet,
+    WatchSettings,
 )
-from ..core.training.run import MetricsReader, Run
+from ..core.training.run import PREVIEW_SUFFIXES, REQUESTS, STOP, MetricsReader, Run
+from ..core.training.watching import BANDS, average, band_losses
 from . import handles, paths
 from .progress import Progress, say
 
@@ -60,6 +64,8 @@ class Train(io.ComfyNode):
                 handles.Timesteps.Input("timesteps", optional=True, tooltip="Which noise levels are trained."),
                 handles.Memory.Input("memory", optional=True, tooltip="What to trade for memory."),
                 handles.SaveType.Input("save", optional=True, tooltip="When to save on the way."),
+                handles.Watch.Input("watch", optional=True, tooltip="Validation, TensorBoard, and when to give up."),
+                handles.Previews.Input("previews", optional=True, tooltip="What to sample on the way."),
             ],
             outputs=[
                 handles.Stack.Output("loras", display_name="loras"),
@@ -98,6 +104,7 @@ class Train(io.ComfyNode):
         optimizer = settings.get("optimizer", OptimizerSettings())
         optimizer.kind.check_installed()
         optimizer.check(steps)
+        settings.get("watch", WatchSettings()).check_installed()
         if dit.loras:
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
@@ -131,8 +138,8 @@ class Train(io.ComfyNode):
         return io.NodeOutput(
             (StackEntry(job.final_path, 1.0, loraid.number if loraid else 0),),
             str(job.final_path),
-            {"loss": [entry["loss"] for entry in metrics]},
-            ui={"videolora_run": [summary]},
+            {"loss": [entry["loss"] for entry in metrics if entry["loss"] is not None]},
+            ui={"videolora_run": [summary], **_newest_previews(run)},
         )
 
 
@@ -187,12 +194,12 @@ def _train(run: Run, job: Job, progress: Progress) -> None:
         handles.Slot.release_all()
         process = _start(run)
     try:
-        reader = MetricsReader(run)
+        view = _View(run, job, progress)
         while _at_work(run, process):
-            _show(run, job, reader, progress)
+            view.show()
             time.sleep(_POLL_SECONDS)
     except mm.InterruptProcessingException:
-        run.ask_to_stop()
+        run.ask(STOP)
         while _at_work(run, process):
             time.sleep(_POLL_SECONDS)
         raise
@@ -224,7 +231,7 @@ def _start(run: Run) -> subprocess.Popen:
         if os.name == "nt"
         else {"start_new_session": True}
     )
-    run.forget_stop()
+    run.forget(*REQUESTS)
     run.write_status(runs.STOPPED, _last_step(run))  # an earlier failure is not this one's
     with open(run.log, "w", encoding="utf-8") as log:
         return subprocess.Popen(
@@ -238,35 +245,91 @@ def _last_step(run: Run) -> int:
     return metrics[-1]["step"] if metrics else 0
 
 
-def _show(run: Run, job: Job, reader: MetricsReader, progress: Progress) -> None:
-    """Raises ComfyUI's interrupt when the user has cancelled."""
-    latest = list(reader.read())
-    if latest:
-        progress.update(latest[-1]["step"], job.steps, _line(latest, job))
-    elif run.log.exists():
-        progress.update(0, job.steps, run.log_end(1))
+class _View:
+    """Shows in the editor what a run has done since the last look."""
+
+    def __init__(self, run: Run, job: Job, progress: Progress) -> None:
+        self.run, self.job, self.progress = run, job, progress
+        self.reader = MetricsReader(run)
+        self.seen = run.previews()[-1:]
+
+    def show(self) -> None:
+        """Raises ComfyUI's interrupt when the user has cancelled."""
+        latest, status = list(self.reader.read()), self.run.status()
+        if latest:
+            doing = status["state"] if status["state"] == runs.PAUSED else status.get("doing")
+            line = _line(latest, self.job) + (f"\n{doing}" if doing else "")
+            self.progress.update(latest[-1]["step"], self.job.steps, line, self._new_preview())
+        elif self.run.log.exists():
+            self.progress.update(0, self.job.steps, self.run.log_end(1), self._new_preview())
+
+    def _new_preview(self) -> Image.Image | None:
+        newest = self.run.previews()[-1:]
+        if newest == self.seen:
+            return None
+        self.seen = newest
+        return first_frame(newest[0])
 
 
 def _line(recent: list[dict[str, Any]], job: Job) -> str:
     last = recent[-1]
-    pace = sum(entry["seconds"] for entry in recent) / len(recent)
-    left = int(pace * (job.steps - last["step"]))
-    return (
-        f"step {last['step']} of {job.steps}, loss {sum(entry['loss'] for entry in recent) / len(recent):.4f}, "
-        f"learning rate {last['learning_rate']:.2e}, {pace:.2f} s per step, {last['memory'] / 2**30:.1f} GiB, "
-        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-    )
+    left, skipped = int(last["seconds_left"]), sum(entry["loss"] is None for entry in recent)
+    parts = [
+        f"step {last['step']} of {job.steps}",
+        f"loss {_number(last['loss_average'])}",
+        f"learning rate {last.get('effective_rate', last['learning_rate']):.2e}",
+        f"gradient {_number(last['gradient_norm'])}",
+        f"{last['seconds']:.2f} s per step",
+        f"{last['memory'] / 2**30:.1f} GiB",
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+    ]
+    validated = [entry["validation_loss"] for entry in recent if "validation_loss" in entry]
+    if validated:
+        parts.insert(2, f"validation {_number(validated[-1])}")
+    if skipped:
+        parts.append(f"{skipped} of the last {len(recent)} steps skipped")
+    return ", ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """What the run did, for the editor and for API clients."""
     tenth = max(1, len(metrics) // 10)
-    first, last = (sum(entry["loss"] for entry in part) / tenth for part in (metrics[:tenth], metrics[-tenth:]))
+    first, last = average(metrics[:tenth]), average(metrics[-tenth:])
     seconds = sum(entry["seconds"] for entry in metrics)
+    skipped = sum(entry["loss"] is None for entry in metrics)
+    bands, notes = band_losses(metrics), run.notes()
+    validation = {entry["step"]: entry["validation_loss"] for entry in metrics if "validation_loss" in entry}
     files = run.status().get("files", [])
+    lines = [f"{job.steps} steps in {seconds:.0f} s, loss {_number(first)} -> {_number(last)}"]
+    if validation:
+        values = list(validation.values())
+        lines.append(f"validation loss {_number(values[0])} -> {_number(values[-1])}")
+    width = 1000 // BANDS
+    shown = [f"{width * band}: {loss:.3f}" for band, loss in enumerate(bands) if loss is not None]
+    lines.append(f"loss by timestep, from {', '.join(shown)}")
+    if skipped:
+        lines.append(f"{skipped} steps were skipped, their loss was not finite")
     return {
         "name": job.name, "loraid": job.loraid.number if job.loraid else None, "steps": job.steps,
         "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "run": str(run.folder),
-        "peak_memory": max((entry["memory"] for entry in metrics), default=0),
-        "text": f"{job.steps} steps in {seconds:.0f} s, loss {first:.4f} -> {last:.4f}\n" + "\n".join(files),
+        "peak_memory": max((entry["memory"] for entry in metrics), default=0), "loss_by_timestep": bands,
+        "validation_loss": validation, "skipped": skipped, "notes": notes,
+        "previews": [path.name for path in run.previews()], "text": "\n".join([*lines, *notes[-3:], *files]),
     }  # fmt: skip
+
+
+def _newest_previews(run: Run) -> dict[str, Any]:
+    """The previews of the newest step, as the editor shows videos and pictures that are in the output folder."""
+    found = run.previews()
+    newest = [path for path in found if path.name.split("_")[0] == found[-1].name.split("_")[0]]
+    if not newest:
+        return {}
+    video = PREVIEW_SUFFIXES[0]
+    return {
+        "images": [paths.shown(path) for path in newest],
+        "animated": (any(path.suffix == video for path in newest),),
+    }

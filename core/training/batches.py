@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..checks import require
 from ..data import cache_files
 from ..family import Family
 from ..flow import noised, velocity
+from ..io.files import digest
 from ..shapes import VideoSize
 from .job import Job, TrainingItem, TrainingSet
 from .loss import WEIGHTINGS
 from .timesteps import distribution, draw
+
+
+def split(job: Job) -> tuple[list[TrainingSet], list[TrainingItem]]:
+    """The data sets without what is held out for validation, and what is held out.
+
+    A clip goes with all its windows. Which clips go follows from their content alone. Raises ValueError when nothing would
+    be left to train on.
+    """
+    share = job.watch.validation_share
+    if not share:
+        return list(job.datasets), []
+    clips: dict[str, list[TrainingItem]] = {}
+    for dataset in job.datasets:
+        for item in dataset.items:
+            clips.setdefault(item.text, []).append(item)
+    order = sorted(clips.values(), key=lambda items: digest([item.fingerprints for item in items]))
+    count = max(1, round(share * len(order)))
+    require(
+        count < len(order),
+        f"a validation share of {share:g} of {len(order)} clips leaves none to train on: lower it, or add clips.",
+    )
+    held_out = [item for items in order[:count] for item in items]
+    chosen = set(held_out)
+    kept = [replace(one, items=tuple(item for item in one.items if item not in chosen)) for one in job.datasets]
+    return kept, held_out
 
 
 def epoch(datasets: Sequence[TrainingSet], seed: int, number: int) -> list[tuple[TrainingItem, ...]]:
@@ -51,7 +78,7 @@ class Batch:
     seed: int = 0
 
 
-def _seed(*path: object) -> int:
+def seed_of(*path: object) -> int:
     """A seed for one part of the work, the same in whichever process does it."""
     return random.Random("/".join(map(str, path))).getrandbits(63)
 
@@ -61,18 +88,19 @@ def steps(job: Job, family: Family, first: int) -> Iterator[list[Batch]]:
     per_step = job.optimizer.gradient_accumulation
     order = _order(job, skip=first * per_step)
     for step in range(first, job.steps):
-        seeds = [_seed(job.seed, step, part) for part in range(per_step)]
+        seeds = [seed_of(job.seed, step, part) for part in range(per_step)]
         yield [make_batch(job, family, *next(order), seed) for seed in seeds]
 
 
 def _order(job: Job, skip: int) -> Iterator[tuple[int, tuple[TrainingItem, ...]]]:
     """All batches after the first `skip`, each with the number of samples before it."""
-    first = epoch(job.datasets, job.seed, 0)
+    datasets, _ = split(job)
+    first = epoch(datasets, job.seed, 0)
     samples = sum(map(len, first))
     number, skip = divmod(skip, len(first))
     while True:
         before = number * samples
-        for index, items in enumerate(epoch(job.datasets, job.seed, number)):
+        for index, items in enumerate(epoch(datasets, job.seed, number)):
             if index >= skip:
                 yield before, items
             before += len(items)
@@ -80,7 +108,7 @@ def _order(job: Job, skip: int) -> Iterator[tuple[int, tuple[TrainingItem, ...]]
 
 
 def batches_per_epoch(job: Job) -> int:
-    return len(epoch(job.datasets, job.seed, 0))
+    return len(epoch(split(job)[0], job.seed, 0))
 
 
 def epoch_of(step: int, job: Job, per_epoch: int) -> int:
@@ -91,11 +119,16 @@ def epoch_of(step: int, job: Job, per_epoch: int) -> int:
 def make_batch(job: Job, family: Family, before: int, items: Sequence[TrainingItem], seed: int) -> Batch:
     """Read the cached samples and noise them. `before` is the number of samples that training saw before them."""
     rng = torch.Generator().manual_seed(seed)
+    return batch_at(job, family, items, uniform(job, before, len(items), rng), rng, seed)
+
+
+def batch_at(job: Job, family: Family, items: Sequence[TrainingItem], u: Tensor, rng: torch.Generator, seed: int = 0) -> Batch:  # fmt: skip
+    """Read the cached samples and noise them to the quantiles `u` (B,) of the trained noise levels."""
     data = torch.stack([cache_files.load_latents(Path(item.latents), family) for item in items])
     noise = torch.randn(data.shape, generator=rng)
     tokens = family.latent.tokens(VideoSize(1, *data.shape[3:]))
     levels = distribution(job.timesteps, family.variants[job.variant].training_shift, tokens)
-    sigma = draw(levels, uniform(job, before, len(items), rng))
+    sigma = draw(levels, u)
     weight = WEIGHTINGS[job.timesteps.weighting](sigma)
     conditions = family.conditions([cache_files.load_text(Path(item.text)) for item in items])
     return Batch(noised(data, noise, sigma), velocity(data, noise), sigma, conditions, weight, seed)

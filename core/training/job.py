@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from ..lora.loraid import Loraid
 from ..lora.network import NetworkSettings
 from ..modules.attention import BACKENDS
 from .optimizers import OptimizerSettings
+from .prompts import Preview, PreviewSettings
 from .timesteps import TimestepSettings
 
 VERSION = 1
@@ -54,18 +56,53 @@ class MemorySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveSettings:
-    """When LoRA files are written besides the last one. 0 switches an interval off; `keep` 0 keeps all."""
+    """When LoRA files are written besides the last one. 0 switches an interval off; `keep` 0 keeps all.
+
+    `keep_states` are the newest states that a run can go on from: more than one, in case the newest is damaged.
+    """
 
     every_steps: int = 0
     every_epochs: int = 0
     keep: int = 0
     precision: str = "bfloat16"
+    keep_states: int = 2
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_epochs", "keep"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: use 0 or more.")
+        require(self.keep_states >= 1, f"keep_states is {self.keep_states}: use 1 or more (2 is safer).")
         require(
             self.precision in FILE_PRECISIONS, f"precision '{self.precision}': use one of {', '.join(FILE_PRECISIONS)}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """How a training is watched.
+
+    validation_share        share of the clips that is never trained but validated with; 0 for none
+    validation_every_steps  how often
+    skipped_in_a_row        so many steps with a loss that is not finite, one after another, end the training
+    tensorboard             also write files for TensorBoard
+    """
+
+    validation_share: float = 0.0
+    validation_every_steps: int = 100
+    skipped_in_a_row: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        share, every, skipped = self.validation_share, self.validation_every_steps, self.skipped_in_a_row
+        require(0 <= share <= 0.5, f"validation share is {share}: use 0 (off), or 0.05 to 0.2 and at most 0.5.")
+        require(every >= 1, f"validation every {every} steps: use 1 or more (100 is a good start).")
+        require(skipped >= 1, f"skipped_in_a_row is {skipped}: use 1 or more (10 is a good start).")
+
+    def check_installed(self) -> None:
+        """Raise ValueError when a package that the settings need is missing."""
+        require(
+            not self.tensorboard or importlib.util.find_spec("tensorboard") is not None,
+            "TensorBoard files need the package 'tensorboard', which is not installed. Install it into ComfyUI's Python "
+            "(python -m pip install tensorboard) and start ComfyUI again, or switch tensorboard off.",
         )
 
 
@@ -109,6 +146,8 @@ class Job:
     timesteps: TimestepSettings = field(default_factory=TimestepSettings)
     memory: MemorySettings = MemorySettings()
     save: SaveSettings = SaveSettings()
+    watch: WatchSettings = WatchSettings()
+    previews: PreviewSettings = field(default_factory=PreviewSettings)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -127,12 +166,13 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Two jobs with the same digest make the same LoRA: where files lie, when to save and what is traded for memory
-        is not in it."""
+        """Two jobs with the same digest make the same LoRA: where files lie, when to save, what is shown on the way and
+        what is traded for memory is not in it."""
         values = asdict(self)
-        for name in ("output_folder", "dit", "save"):
+        for name in ("output_folder", "dit", "save", "previews"):
             del values[name]
         values["memory"] = {"precision": self.memory.precision}
+        values["watch"] = {"validation_share": self.watch.validation_share}
         del values["network"]["start_from"]
         for dataset in values["datasets"]:
             dataset["items"] = [[item["size"], item["fingerprints"]] for item in dataset["items"]]
@@ -148,7 +188,7 @@ class Job:
 
 _NESTED = {
     "loraid": Loraid, "network": NetworkSettings, "optimizer": OptimizerSettings, "timesteps": TimestepSettings,
-    "memory": MemorySettings, "save": SaveSettings,
+    "memory": MemorySettings, "save": SaveSettings, "watch": WatchSettings, "previews": PreviewSettings,
 }  # fmt: skip
 
 T = TypeVar("T")
@@ -166,6 +206,9 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
 def read_job(path: Path) -> Job:
     """Read a job file. Raises ValueError that names what is wrong in it."""
     values = dict(read_json(path))
+    if values.get("previews") is not None:
+        prompts = [_build(Preview, prompt) for prompt in values["previews"].get("prompts", ())]
+        values["previews"] = {**values["previews"], "prompts": prompts}
     for name, cls in _NESTED.items():
         if values.get(name) is not None:
             values[name] = _build(cls, values[name])

@@ -1,4 +1,4 @@
-"""The training loop: a generator of steps. Saving, progress and stopping are the caller's business."""
+"""The training loop: a generator of steps. Saving, progress, stopping and what is shown are the caller's business."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from types import MappingProxyType
 
 import torch
@@ -15,23 +16,42 @@ from ..flow import model_time
 from ..lora.adapter import Adapter, reseed
 from .batches import Batch
 from .job import Job
-from .loss import weighted_error
-from .optimizers import Optimizer
+from .loss import weighted_errors
+from .optimizers import Optimizer, effective_rate
 from .schedules import rate_factor
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a step came to: the mean of the losses, the norm of the gradient before it was cut, each sample's loss."""
+
+    loss: float
+    gradient_norm: float
+    losses: tuple[float, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether anything was updated."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+@dataclass(frozen=True)
 class Step:
-    """A finished step; `index` counts from 1."""
+    """A finished step.
+
+    index            from 1
+    learning_rate    of the schedule
+    effective_rate   what the optimiser made of it, where it finds the rate itself
+    seconds          of the step and of waiting for its data
+    timesteps        of each sample, 0..1000
+    """
 
     index: int
-    loss: float
+    outcome: Outcome
     learning_rate: float
+    effective_rate: float | None
     seconds: float
-
-
-class NotFinite(RuntimeError):
-    """The loss became NaN or infinite. The weights are those from before the step."""
+    timesteps: tuple[float, ...]
 
 
 def train(
@@ -45,21 +65,19 @@ def train(
 ) -> Iterator[Step]:
     """Run one optimizer step for each element of `steps`, counting from 0-based `first`.
 
-    `dit` has `adapters` attached, which alone are in the optimizer. Raises NotFinite before a bad update.
+    `dit` has `adapters` attached, which alone are in the optimizer. A step whose loss or gradient is not finite changes
+    nothing; the next one has other data.
     """
+    begin = time.perf_counter()
     for index, batches in enumerate(steps, start=first):
-        begin = time.perf_counter()
         rate = job.optimizer.learning_rate * rate_factor(job.optimizer, index, job.steps)
-        loss = train_step(dit, optimizer, batches, rate, job.optimizer.max_grad_norm, device, adapters)
-        if not math.isfinite(loss):
-            raise NotFinite(
-                f"the loss became {loss} at step {index + 1}. Nothing was updated with it. Lower the learning rate, or use "
-                "bfloat16 instead of float16."
-            )
-        if job.network.max_norm:
+        outcome = train_step(dit, optimizer, batches, rate, job.optimizer.max_grad_norm, device, adapters)
+        if job.network.max_norm and outcome.is_finite:
             for adapter in adapters.values():
                 adapter.limit_norm(job.network.max_norm)
-        yield Step(index + 1, loss, rate, time.perf_counter() - begin)
+        timesteps = tuple(1000 * sigma for batch in batches for sigma in batch.sigma.tolist())
+        yield Step(index + 1, outcome, rate, effective_rate(optimizer), time.perf_counter() - begin, timesteps)
+        begin = time.perf_counter()
 
 
 @torch.inference_mode(False)
@@ -67,31 +85,37 @@ def train(
 def train_step(
     dit: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], rate: float, max_norm: float,
     device: torch.device, adapters: Mapping[str, Adapter] = MappingProxyType({}),
-) -> float:  # fmt: skip
-    """Forward and backward over `batches`, then one update. Returns the mean loss; not finite: nothing was updated."""
+) -> Outcome:  # fmt: skip
+    """Forward and backward over `batches`, then one update, which is left out when the outcome is not finite."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses = []
     for batch in batches:
         reseed(adapters, batch.seed)
-        loss = flow_loss(dit, batch, device) / len(batches)
-        loss.backward()
-        losses.append(loss.detach())
+        each = flow_losses(dit, batch, device)
+        (each.mean() / len(batches)).backward()
+        losses.append(each.detach())
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    value, norm = torch.stack((torch.stack(losses).sum(), norm)).tolist()  # the step's one wait for the device
-    if math.isfinite(value) and math.isfinite(norm):
+    norm, *values = torch.cat((norm.view(1), *losses)).tolist()  # the step's one wait for the device
+    remaining = iter(values)
+    loss = fmean(fmean(next(remaining) for _ in each) for each in losses)
+    outcome = Outcome(loss, norm, tuple(values))
+    if outcome.is_finite:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("ratio", 1.0)
         optimizer.step()
-    else:
-        value = math.nan
     optimizer.zero_grad(set_to_none=True)
-    return value
+    return outcome
 
 
 def flow_loss(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """The weighted error of the predicted velocity."""
+    """The mean of the samples' losses, a scalar."""
+    return flow_losses(dit, batch, device).mean()
+
+
+def flow_losses(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The weighted error of the predicted velocity of each sample, (B,)."""
     conditions = {name: value.to(device, non_blocking=True) for name, value in batch.conditions.items()}
     latents, target, sigma, weight = (
         x.to(device, non_blocking=True) for x in (batch.latents, batch.target, batch.sigma, batch.weight)
     )
-    return weighted_error(dit(latents, model_time(sigma), **conditions), target, weight)
+    return weighted_errors(dit(latents, model_time(sigma), **conditions), target, weight)

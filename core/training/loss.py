@@ -31,6 +31,6 @@ WEIGHTINGS: Mapping[str, Callable[[Tensor], Tensor]] = {"none": _none, "sigma_sq
 """sigma (B,) -> the weight of each sample's loss."""
 
 
-def weighted_error(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The mean over samples of weight (B,) times the mean squared error of (B, ...)."""
-    return ((predicted.float() - target) ** 2).flatten(1).mean(1).mul(weight).mean()
+def weighted_errors(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weight (B,) times each sample's mean squared error, (B,); predicted and target are (B, ...)."""
+    return ((predicted.float() - target) ** 2).flatten(1).mean(1).mul(weight)

@@ -11,7 +11,7 @@ from typing import Any
 from ..family import Family
 from ..lora.loraid import Allocation
 from ..shapes import VideoSize
-from .batches import batches_per_epoch, epoch_of
+from .batches import batches_per_epoch, epoch_of, split
 from .job import Job, TrainingSet
 
 _IMPLEMENTATION = "https://github.com/videolora/ComfyUI-VideoLoRA"
@@ -33,7 +33,7 @@ def describe(
         "ss_max_train_steps": str(job.steps),
         "ss_num_epochs": str(epoch_of(job.steps, job, per_epoch)),
         "ss_num_batches_per_epoch": str(per_epoch),
-        "ss_num_train_items": str(sum(len(dataset.items) * dataset.num_repeats for dataset in job.datasets)),
+        "ss_num_train_items": str(sum(len(dataset.items) * dataset.num_repeats for dataset in split(job)[0])),
         "ss_datasets": json.dumps([_dataset(dataset) for dataset in job.datasets]),
         "ss_seed": str(job.seed),
         "ss_sd_model_name": Path(job.dit).name,

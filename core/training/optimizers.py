@@ -200,6 +200,12 @@ def given_out(optimizer: Optimizer, kind: Kind) -> Iterator[None]:
                 parameter.copy_(value)
 
 
+def effective_rate(optimizer: Optimizer) -> float | None:
+    """The learning rate of an optimiser that finds it itself (its `d` times ours); None for all others."""
+    group = optimizer.param_groups[0]
+    return float(group["d"]) * group["lr"] if "d" in group else None
+
+
 def state_of(optimizer: Optimizer) -> tuple[dict[str, Tensor], str]:
     """Everything an optimiser has gathered: its tensors by `<number of the parameter>/<name>`, and the rest as JSON."""
     tensors: dict[str, Tensor] = {}

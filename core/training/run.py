@@ -3,13 +3,17 @@
     job.json             what is trained
     worker.json          which process works on it: id and start time
     started.json         when it was first worked on
-    status.json          running, stopped, finished or failed; the step reached; the error
-    metrics.jsonl        one line per step
+    status.json          running, paused, stopped, finished or failed; the step reached; the error
+    metrics.jsonl        one line per step (see `watching.py`)
+    notes.txt            what went wrong without ending the run
     precision.txt        of the frozen weights, once chosen: a run that goes on must not choose another
     log.txt              what the process printed
-    stop                 written to ask the process to stop after its step
+    stop, save, pause    written to ask the process, after its step: to save and stop; to save and go on; to save and wait
+                         until `pause` is gone
     state-00000100.safetensors   everything needed to go on after step 100
     lora-00000100.safetensors    the LoRA after step 100
+    previews/step-00000100_00.*  what the first prompt gave after step 100: its latents, and a video or picture of them
+    tensorboard/         TensorBoard's files
 
 They are written atomically or line by line, so a reader never takes half of one for a whole, and nothing depends on either
 side being alive.
@@ -27,10 +31,12 @@ from typing import Any
 
 import psutil
 
-from ..io.files import atomic, read_json, write_json
+from ..io.files import atomic, inside, read_json, write_json
 from .job import Job, read_job
 
-RUNNING, STOPPED, FINISHED, FAILED = "running", "stopped", "finished", "failed"
+RUNNING, PAUSED, STOPPED, FINISHED, FAILED = "running", "paused", "stopped", "finished", "failed"
+STOP, SAVE, PAUSE = REQUESTS = "stop", "save", "pause"
+PREVIEW_SUFFIXES = (".mp4", ".png")
 
 
 class Run:
@@ -48,6 +54,23 @@ class Run:
             write_json(run.path("job.json"), job.to_json())
         return run
 
+    @classmethod
+    def find(cls, runs: Path, name: str) -> Run:
+        """The run whose folder below `runs` has this name. Raises ValueError when there is none, or when the name is not
+        that of a folder directly below."""
+        if "/" in name or "\\" in name:
+            raise ValueError(f"'{name}' is not the name of a run.")
+        run = cls(inside(runs, name))
+        if not run.path("job.json").is_file():
+            raise ValueError(f"there is no run '{name}' in {runs}.")
+        return run
+
+    @classmethod
+    def all(cls, runs: Path) -> list[Run]:
+        """All runs below `runs`, those that something was last written for first."""
+        found = [path for path in runs.glob("*/job.json") if path.is_file()]
+        return [cls(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
     def path(self, name: str) -> Path:
         return self.folder / name
 
@@ -63,7 +86,7 @@ class Run:
         if not self.path("status.json").exists():
             return {"state": STOPPED, "step": 0}
         status = read_json(self.path("status.json"))
-        if status["state"] == RUNNING and not self.is_alive():
+        if status["state"] in (RUNNING, PAUSED) and not self.is_alive():
             status["state"] = STOPPED
         return status
 
@@ -98,16 +121,26 @@ class Run:
         except psutil.Error:
             return False
 
-    def ask_to_stop(self) -> None:
-        self.path("stop").touch()
+    def ask(self, request: str) -> None:
+        """Ask the process to STOP, SAVE or PAUSE after its step."""
+        self.path(request).touch()
 
-    @property
-    def should_stop(self) -> bool:
-        return self.path("stop").exists()
+    def is_asked(self, request: str) -> bool:
+        return self.path(request).exists()
 
-    def forget_stop(self) -> None:
-        """A request to stop that was followed, or that is older than the process."""
-        self.path("stop").unlink(missing_ok=True)
+    def forget(self, *requests: str) -> None:
+        """Requests that were followed or taken back, or that are older than the process."""
+        for request in requests:
+            self.path(request).unlink(missing_ok=True)
+
+    def note(self, text: str) -> None:
+        """Write down what the user should know although the run goes on."""
+        with open(self.path("notes.txt"), "a", encoding="utf-8") as file:
+            file.write(" ".join(text.split()) + "\n")
+
+    def notes(self) -> list[str]:
+        path = self.path("notes.txt")
+        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
     def append_metrics(self, entry: dict[str, Any]) -> None:
         with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:
@@ -132,6 +165,14 @@ class Run:
 
     def lora_path(self, step: int) -> Path:
         return self.path(f"lora-{step:08d}.safetensors")
+
+    def preview_path(self, step: int, number: int, suffix: str) -> Path:
+        return self.path("previews") / f"step-{step:08d}_{number:02d}{suffix}"
+
+    def previews(self) -> list[Path]:
+        """Videos and pictures, the newest last."""
+        found = self.path("previews").glob("step-*")
+        return sorted(path for path in found if path.suffix in PREVIEW_SUFFIXES)
 
     def states(self) -> Sequence[Path]:
         """State files, the newest first."""

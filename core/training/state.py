@@ -13,36 +13,40 @@ from torch import Tensor
 
 from ..io import safetensors
 from ..lora.adapter import Adapter
+from .job import Job
 from .optimizers import Optimizer, restore_state, state_of
 from .run import Run
 
 log = logging.getLogger("videolora.training")
-_KEPT = 2  # states: the newest, and the one before in case its disk dies with it
 
 
-def save_state(run: Run, step: int, adapters: Mapping[str, Adapter], optimizer: Optimizer, job_digest: str) -> None:
-    """Write the state after `step` and remove older ones."""
+def save_state(run: Run, step: int, adapters: Mapping[str, Adapter], optimizer: Optimizer, job: Job) -> None:
+    """Write the state after `step`; remove the oldest, and those of later steps, which were damaged or skipped."""
     tensors = {f"adapter/{name}/{role}": value for name, role, value in _parts(adapters)}
     gathered, rest = state_of(optimizer)
     tensors |= {f"optimizer/{name}": value for name, value in gathered.items()}
-    safetensors.save(run.state_path(step), tensors, {"step": str(step), "job": job_digest, "optimizer": rest})
-    for old in run.states()[_KEPT:]:
-        old.unlink(missing_ok=True)
+    safetensors.save(run.state_path(step), tensors, {"step": str(step), "job": job.digest, "optimizer": rest})
+    current = run.state_path(step)
+    kept = [path for path in run.states() if path <= current][: job.save.keep_states]
+    for path in run.states():
+        if path not in kept:
+            path.unlink(missing_ok=True)
 
 
 @torch.inference_mode(False)
-def load_state(run: Run, adapters: Mapping[str, Adapter], optimizer: Optimizer, job_digest: str) -> int:
-    """Load the newest whole state of this job and return its step (0 when there is none)."""
+def load_state(run: Run, adapters: Mapping[str, Adapter], optimizer: Optimizer, job: Job) -> int:
+    """Load the newest whole state of this job and return its step (0 when there is none). What is skipped is noted."""
     for path in run.states():
         try:
             tensors, metadata = safetensors.load(path)
+            if metadata.get("job") != job.digest:
+                raise ValueError("it belongs to another job.")
+            _restore(tensors, metadata["optimizer"], adapters, optimizer)
         except ValueError as error:
-            log.warning("%s is skipped: %s", path.name, error)
+            reason = f"{path.name} is skipped, an older state is looked for: {error}"
+            log.warning("%s", reason)
+            run.note(reason)
             continue
-        if metadata.get("job") != job_digest:
-            log.warning("%s is skipped: it belongs to another job", path.name)
-            continue
-        _restore(tensors, metadata["optimizer"], adapters, optimizer)
         return int(metadata["step"])
     return 0
 

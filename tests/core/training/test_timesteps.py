@@ -6,7 +6,7 @@ import pytest
 import torch
 from videolora.core.training import batches, chart
 from videolora.core.training.job import TimestepSettings
-from videolora.core.training.loss import WEIGHTINGS, weighted_error
+from videolora.core.training.loss import WEIGHTINGS, weighted_errors
 from videolora.core.training.timesteps import SAMPLINGS, distribution, draw
 
 DRAWS = 200_000
@@ -189,9 +189,11 @@ def test_weights_are_those_of_their_formulas():
 def test_the_loss_weighs_each_sample():
     predicted, target = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 6)
     error = ((predicted - target) ** 2).mean((1, 2, 3, 4))
-    found = weighted_error(predicted, target, torch.tensor([2.0, 0.5]))
+    found = weighted_errors(predicted, target, torch.tensor([2.0, 0.5])).mean()
     torch.testing.assert_close(found, (2 * error[0] + 0.5 * error[1]) / 2)
-    torch.testing.assert_close(weighted_error(predicted, target, torch.ones(2)), ((predicted - target) ** 2).mean())
+    torch.testing.assert_close(
+        weighted_errors(predicted, target, torch.ones(2)).mean(), ((predicted - target) ** 2).mean()
+    )
 
 
 def test_the_picture_shows_the_range_and_the_report_the_shares():

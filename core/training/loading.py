@@ -1,0 +1,97 @@
+"""Loading what is trained: the checkpoint, the share of it that is adapted, and the transformer as the settings want it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..devices import free_memory
+from ..families import open_part
+from ..family import Family, Part
+from ..io.files import fingerprint
+from ..lora import loraid
+from ..lora.inventory import Matrix, blocks_of
+from ..modules.attention import load_backend, use_attention
+from ..modules.compiling import compile_blocks
+from ..modules.offloading import Offload
+from ..modules.streaming import BlockStream, streamed_blocks
+from ..weights import Checkpoint, load_into
+from . import batches, planner
+from .job import Job, MemorySettings
+from .run import Run
+
+log = logging.getLogger("videolora.training")
+
+
+def open_dit(job: Job) -> tuple[Checkpoint, Part]:
+    path = Path(job.dit)
+    opened = open_part(path, "dit")
+    if fingerprint(path) != job.dit_fingerprint:
+        raise ValueError(
+            f"{path} is not the checkpoint this job was made for: it was changed. Queue the training again."
+        )
+    return opened
+
+
+def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix],
+          rows: Mapping[str, loraid.Rows], device: torch.device) -> MemorySettings:  # fmt: skip
+    """Settings that fit, with the precision that the run began with: another one would make another LoRA."""
+    settings = replace(job.memory, precision=this.precision() or job.memory.precision)
+    largest = max(batches.epoch(job.datasets, job.seed, 0), key=lambda items: len(items) * math.prod(items[0].size))
+    batch = batches.make_batch(job, family, 0, largest, job.seed)
+    subject = planner.Subject(
+        family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
+        dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
+        latents=tuple(batch.latents.shape), conditions=batch.conditions,
+        optimizer_bytes=job.optimizer.kind.state_bytes,
+    )  # fmt: skip
+    plan = planner.choose(subject, settings, free_memory(device), free_memory(torch.device("cpu")))
+    log.info("planned: %s", plan)
+    this.keep_precision(plan.settings.precision)
+    return plan.settings
+
+
+def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix], memory: MemorySettings,
+              device: torch.device) -> torch.nn.Module:  # fmt: skip
+    """The transformer with its weights where the settings want them."""
+    dtype = planner.compute_dtype(memory.precision, device)
+    attend = load_backend(memory.attention, device, dtype, training=True)
+    blocks = blocks_of(matrices)
+    numbers = streamed_blocks(memory.block_swap, len(blocks))
+    on_host = {f"{matrix.name}.weight" for matrix in matrices if matrix.block in {blocks[n] for n in numbers}}
+    begin = time.perf_counter()
+    with torch.device("meta"):
+        dit = family.build_dit(part.config)
+    stored = planner.stored_weights(
+        memory.precision,
+        matrices,
+        {part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
+    )
+    load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored)
+    modules = [dit.get_submodule(path) for path in blocks]
+    use_attention(dit, attend)
+    if memory.compile:
+        compile_blocks(modules, device)
+    dit.run_block.recompute = memory.gradient_checkpointing
+    dit.run_block.offload = Offload(device) if memory.offload_checkpoints else None
+    dit.run_block.stream = BlockStream(modules, numbers, device) if numbers else None
+    log.info("loaded %s (%s) in %.1f s", checkpoint.path.name, part.title, time.perf_counter() - begin)
+    return dit
+
+
+def trained_share(
+    job: Job, family: Family, matrices: list[Matrix]
+) -> tuple[dict[str, loraid.Rows], loraid.Allocation | None]:
+    """The rows to train: of a LORAID's share or the whole model, what the patterns choose."""
+    rows, allocation = {matrix.name: (0, matrix.rows) for matrix in matrices}, None
+    if job.loraid is not None:
+        allocation = loraid.allocate(matrices, job.loraid)
+        log.info("%s", allocation.report())
+        rows = allocation.rows
+    return job.network.chosen(rows, (matrix.name for matrix in matrices)), allocation
