@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ..io.files import digest
 from ..shapes import VideoSize
 from .job import Job, TrainingItem, TrainingSet
 from .loss import WEIGHTINGS
+from .team import ALONE, Team
 from .timesteps import distribution, draw
 
 
@@ -83,13 +85,20 @@ def seed_of(*path: object) -> int:
     return random.Random("/".join(map(str, path))).getrandbits(63)
 
 
-def steps(job: Job, family: Family, first: int) -> Iterator[list[Batch]]:
-    """From step `first` (0-based) to the end: each step's batches, as many as gradients are accumulated."""
-    per_step = job.optimizer.gradient_accumulation
+def steps(job: Job, family: Family, first: int, team: Team = ALONE) -> Iterator[list[Batch]]:
+    """From step `first` (0-based) to the end: the batches of each step that fall to this process.
+
+    Raises ValueError when they cannot be dealt evenly.
+    """
+    per_step = job.batches_per_step
+    require(
+        per_step % team.size == 0,
+        f"{per_step} batches of a step cannot be dealt to {team.size} processes: start {job.gpus} of them.",
+    )
     order = _order(job, skip=first * per_step)
     for step in range(first, job.steps):
-        seeds = [seed_of(job.seed, step, part) for part in range(per_step)]
-        yield [make_batch(job, family, *next(order), seed) for seed in seeds]
+        parts = list(enumerate(islice(order, per_step)))[team.place :: team.size]
+        yield [make_batch(job, family, *items, seed_of(job.seed, step, part)) for part, items in parts]
 
 
 def _order(job: Job, skip: int) -> Iterator[tuple[int, tuple[TrainingItem, ...]]]:
@@ -113,7 +122,7 @@ def batches_per_epoch(job: Job) -> int:
 
 def epoch_of(step: int, job: Job, per_epoch: int) -> int:
     """The epoch (from 1) that `step` (from 1) ends in, of `per_epoch` batches."""
-    return -(-step * job.optimizer.gradient_accumulation // per_epoch)
+    return -(-step * job.batches_per_step // per_epoch)
 
 
 def make_batch(job: Job, family: Family, before: int, items: Sequence[TrainingItem], seed: int) -> Batch:

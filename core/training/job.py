@@ -129,7 +129,8 @@ class TrainingSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`."""
+    """`name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`. `gpus` is how many
+    processes share a step; each adds as many batches to it as gradients are accumulated."""
 
     name: str
     output_folder: str
@@ -148,11 +149,13 @@ class Job:
     save: SaveSettings = SaveSettings()
     watch: WatchSettings = WatchSettings()
     previews: PreviewSettings = field(default_factory=PreviewSettings)
+    gpus: int = 1
     version: int = VERSION
 
     def __post_init__(self) -> None:
         require(self.version == VERSION, f"this job is of version {self.version}, this pack runs version {VERSION}.")
         require(self.steps >= 1, f"steps is {self.steps}: use 1 or more.")
+        require(1 <= self.gpus <= 1024, f"gpus is {self.gpus}: use 1, or the number of GPUs to train on together.")
         require(
             any(dataset.items for dataset in self.datasets), "there is nothing to train on: all data sets are empty."
         )
@@ -163,6 +166,10 @@ class Job:
             f"{kind.title} needs one learning rate for all parameters, and LoRA+'s ratio is {ratio}: set it to 1, or use "
             "another optimizer.",
         )
+
+    @property
+    def batches_per_step(self) -> int:
+        return self.optimizer.gradient_accumulation * self.gpus
 
     @property
     def digest(self) -> str:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from types import MappingProxyType
 
 import torch
@@ -19,6 +18,7 @@ from .job import Job
 from .loss import weighted_errors
 from .optimizers import Optimizer, effective_rate
 from .schedules import rate_factor
+from .team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,18 @@ def train(
     job: Job,
     device: torch.device,
     first: int = 0,
+    team: Team = ALONE,
 ) -> Iterator[Step]:
     """Run one optimizer step for each element of `steps`, counting from 0-based `first`.
 
-    `dit` has `adapters` attached, which alone are in the optimizer. A step whose loss or gradient is not finite changes
+    `dit` has `adapters` attached, which alone are in the optimizer. Each process of a team is given its own part of each
+    step's batches, and all take the same step. A step whose loss or gradient is not finite changes
     nothing; the next one has other data.
     """
     begin = time.perf_counter()
     for index, batches in enumerate(steps, start=first):
         rate = job.optimizer.learning_rate * rate_factor(job.optimizer, index, job.steps)
-        outcome = train_step(dit, optimizer, batches, rate, job.optimizer.max_grad_norm, device, adapters)
+        outcome = train_step(dit, optimizer, batches, rate, job.optimizer.max_grad_norm, device, adapters, team)
         if job.network.max_norm and outcome.is_finite:
             for adapter in adapters.values():
                 adapter.limit_norm(job.network.max_norm)
@@ -84,27 +86,40 @@ def train(
 @torch.enable_grad()
 def train_step(
     dit: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], rate: float, max_norm: float,
-    device: torch.device, adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    device: torch.device, adapters: Mapping[str, Adapter] = MappingProxyType({}), team: Team = ALONE,
 ) -> Outcome:  # fmt: skip
-    """Forward and backward over `batches`, then one update, which is left out when the outcome is not finite."""
+    """Forward and backward over `batches`, then one update, which is left out when the outcome is not finite.
+
+    With a team the gradient is that of the batches of all its processes, and so are the outcome's loss and norm.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses = []
     for batch in batches:
         reseed(adapters, batch.seed)
         each = flow_losses(dit, batch, device)
-        (each.mean() / len(batches)).backward()
+        (each.mean() / (len(batches) * team.size)).backward()
         losses.append(each.detach())
+    loss = torch.stack([each.mean() for each in losses]).mean() / team.size
+    team.add_up([*_gradients(parameters), loss] if team.size > 1 else [])
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    norm, *values = torch.cat((norm.view(1), *losses)).tolist()  # the step's one wait for the device
-    remaining = iter(values)
-    loss = fmean(fmean(next(remaining) for _ in each) for each in losses)
-    outcome = Outcome(loss, norm, tuple(values))
+    mean, norm, *values = torch.cat(
+        (loss.view(1), norm.view(1), *losses)
+    ).tolist()  # the step's one wait for the device
+    outcome = Outcome(mean, norm, tuple(values))
     if outcome.is_finite:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("ratio", 1.0)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return outcome
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients of all parameters; zeros where this process's batches gave none."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
 
 
 def flow_loss(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:

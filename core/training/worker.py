@@ -27,6 +27,7 @@ from .previews import Previews
 from .prompts import PreviewSettings
 from .run import PAUSE, REQUESTS, SAVE, STOP, Run
 from .saving import Writer
+from .team import Team, joined
 from .validation import validation_loss
 from .watching import NotFinite, Watch
 
@@ -38,10 +39,12 @@ _STATUS_SECONDS = 0.2
 def work(folder: Path, device: str | None = None) -> int:
     """Train the job in `folder` to its end or until it is asked to stop. Returns the process's exit code."""
     this = Run(folder)
-    this.claim()
     try:
-        this.write_status(run.RUNNING, this.status()["step"])
-        _train(this, this.job(), torch.device(device) if device else best_device())
+        with joined(torch.device(device) if device else best_device()) as (team, own_device):
+            if team.leads:
+                this.claim()
+                this.write_status(run.RUNNING, this.status()["step"])
+            _train(this, this.job(), own_device, team)
     except torch.OutOfMemoryError as error:
         advice = (
             "Use fewer frames, a smaller resolution, batch size 1 or a lower rank, and leave gradient checkpointing on."
@@ -61,7 +64,7 @@ def _failed(this: Run, error: str) -> int:
     return 1
 
 
-def _train(this: Run, job: Job, device: torch.device) -> None:
+def _train(this: Run, job: Job, device: torch.device, team: Team) -> None:
     job.watch.check_installed()
     batches.split(job)  # raises when the settings leave nothing to train on
     family = FAMILIES[job.family]
@@ -82,19 +85,31 @@ def _train(this: Run, job: Job, device: torch.device) -> None:
     first = state.load_state(this, adapters, optimizer, job)
     if first:
         log.info("going on after step %d", first)
-    this.cut_metrics(first)
-    writer = Writer(this, job, family, matrices, adapters, optimizer, allocation)
     with attached(dit, adapters):
-        _Session(this, job, family, dit, device, writer, first).train()
+        if not team.leads:
+            return _follow(loop.train(dit, adapters, optimizer, batches.steps(job, family, first, team), job, device, first, team),
+                           job, device, team)  # fmt: skip
+        this.cut_metrics(first)
+        writer = Writer(this, job, family, matrices, adapters, optimizer, allocation)
+        return _Session(this, job, family, dit, device, writer, first, team).train()
+
+
+def _follow(steps: Iterator[loop.Step], job: Job, device: torch.device, team: Team) -> None:
+    """What all processes but the first do: their part of each step, until the first says that it stops."""
+    if team.agree(False, device):
+        return
+    for step in steps:
+        if step.index == job.steps or team.agree(False, device):
+            return
 
 
 class _Session:
     """The steps from `first` on, and what is done between them."""
 
     def __init__(self, this: Run, job: Job, family: Family, dit: nn.Module, device: torch.device, writer: Writer,
-                 first: int) -> None:  # fmt: skip
+                 first: int, team: Team) -> None:  # fmt: skip
         self.run, self.job, self.family, self.dit, self.device = this, job, family, dit, device
-        self.writer, self.first = writer, first
+        self.writer, self.first, self.team = writer, first, team
         self.watch, self.previews = Watch(this, job, device, first), Previews(this, job, family, device)
         self.per_epoch = batches.batches_per_epoch(job)
         self.reported_at = 0.0
@@ -103,18 +118,20 @@ class _Session:
         """To the last step, or until the run is asked to stop."""
         job, writer = self.job, self.writer
         self._preview(self.first)
-        if self.run.is_asked(STOP):  # asked for while the model was loading
+        if self._is_to_stop():  # asked for while the model was loading
             return self._stopped(self.first)
-        data = prefetched(batches.steps(job, self.family, self.first))
+        data = prefetched(batches.steps(job, self.family, self.first, self.team))
         with closing(self.watch), closing(data):
-            for step in loop.train(self.dit, writer.adapters, writer.optimizer, data, job, self.device, self.first):
+            for step in loop.train(
+                self.dit, writer.adapters, writer.optimizer, data, job, self.device, self.first, self.team
+            ):
                 self._report(step)
                 if step.index == job.steps:
                     break
                 self._save(step.index)
                 self._preview(step.index)
                 self._pause(step.index)
-                if self.run.is_asked(STOP):
+                if self._is_to_stop():
                     writer.save(step.index)
                     return self._stopped(step.index)
         written = writer.finish(job.steps)
@@ -123,6 +140,10 @@ class _Session:
         self.run.write_status(run.FINISHED, job.steps, files=[str(path) for path in written])
         log.info("finished: %s", job.final_path)
         return None
+
+    def _is_to_stop(self) -> bool:
+        """Asked for by the user; all processes learn of it."""
+        return self.team.agree(self.run.is_asked(STOP), self.device)
 
     def _report(self, step: loop.Step) -> None:
         self.watch.report(step, self._validation(step.index))
@@ -191,7 +212,6 @@ class _Session:
 
     def _ends_interval(self, step: int, every: SaveSettings | PreviewSettings) -> bool:
         """Whether the step ends an interval of steps or of epochs."""
-        accumulated = self.job.optimizer.gradient_accumulation
-        done, before = (at * accumulated // self.per_epoch for at in (step, step - 1))  # whole epochs
+        done, before = (at * self.job.batches_per_step // self.per_epoch for at in (step, step - 1))  # whole epochs
         steps, epochs = every.every_steps, every.every_epochs
         return bool((steps and step % steps == 0) or (epochs and done // epochs > before // epochs))

@@ -1,0 +1,69 @@
+"""Several processes that train one job, started by torchrun on one machine or many.
+
+Every process holds the model and all adapters and takes its part of each step's batches; the adapters' gradients are added
+up once per step, so what makes up a step, and the LoRA, do not depend on the number of processes (but for rounding). No
+process waits for another inside a step: their batches may differ in size. The first one writes all files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_PATIENCE = timedelta(days=7)  # while the first process samples previews, or is paused, the others wait
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's place (from 0) among `size` processes."""
+
+    place: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and answers the user."""
+        return self.place == 0
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in one exchange."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def agree(self, value: bool, device: torch.device) -> bool:
+        """What the first process says."""
+        if self.size == 1:
+            return value
+        said = torch.tensor([value], dtype=torch.uint8, device=device)
+        dist.broadcast(said, 0)
+        return bool(said.item())
+
+
+ALONE = Team()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
+    """The team this process belongs to by torchrun's environment, and its own device; alone without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        yield ALONE, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
