@@ -67,7 +67,7 @@ class Run:
 
     @classmethod
     def all(cls, runs: Path) -> list[Run]:
-        """All runs below `runs`, those that something was last written for first."""
+        """All runs below `runs`, those that were queued last first."""
         found = [path for path in runs.glob("*/job.json") if path.is_file()]
         return [cls(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
