@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 from PIL import Image
 
@@ -66,6 +67,8 @@ class Train(io.ComfyNode):
                 handles.SaveType.Input("save", optional=True, tooltip="When to save on the way."),
                 handles.Watch.Input("watch", optional=True, tooltip="Validation, TensorBoard, and when to give up."),
                 handles.Previews.Input("previews", optional=True, tooltip="What to sample on the way."),
+                io.Int.Input("gpus", default=1, min=1, max=64, optional=True, advanced=True,
+                             tooltip="GPUs to train on together: each step sees as many times the batches, in the same time."),
             ],
             outputs=[
                 handles.Stack.Output("loras", display_name="loras"),
@@ -105,6 +108,7 @@ class Train(io.ComfyNode):
         optimizer.kind.check_installed()
         optimizer.check(steps)
         settings.get("watch", WatchSettings()).check_installed()
+        _check_gpus(settings.get("gpus", 1))
         if dit.loras:
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
@@ -221,10 +225,20 @@ def _at_work(run: Run, process: subprocess.Popen | None) -> bool:
     return process.poll() is None if process else run.is_alive()
 
 
+def _check_gpus(count: int) -> None:
+    """Raise ValueError when there are not so many."""
+    present = torch.cuda.device_count()
+    if mm.get_torch_device().type == "cuda" and count > present:
+        raise ValueError(f"gpus is {count}, and this machine has {present}: use {present} or fewer.")
+
+
 def _start(run: Run) -> subprocess.Popen:
     """The worker: this Python, our own file, no shell. It lives on when ComfyUI is closed; the run can then be joined."""
     user_site = ["-s"] if sys.flags.no_user_site else []
-    command = [sys.executable, *user_site, str(_CORE), "train", str(run.folder), mm.get_torch_device().type]
+    processes = run.job().gpus
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    worker = [str(_CORE), "train", str(run.folder), mm.get_torch_device().type]
+    command = [sys.executable, *user_site, *launcher, *worker]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     detached: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}

@@ -45,6 +45,13 @@ def test_a_finished_training_is_found_again_at_once(server, trained):
     assert again.seconds[node(graph, "VideoLoRATrain")] < 2
 
 
+def test_two_processes_train_together(server, trained):
+    outcome = client.run(server, training("character_1", 1, steps=3, name="together", gpus=2))
+    assert not outcome.error
+    run = summary(outcome)
+    assert run["steps"] == 3 and run["files"] == [str(server.base / "output" / "loras" / "together.safetensors")]
+
+
 def test_the_allocation_is_shown_before_training(server):
     graph = training("character_1", 1)
     select = node(graph, "VideoLoRASelectLORAID")
@@ -115,7 +122,7 @@ def test_the_api_form_asks_for_nothing_that_the_nodes_lack(info):
 
 def test_every_input_has_a_tooltip_and_every_node_a_description(info):
     ours = {name: entry for name, entry in info.items() if name.startswith("VideoLoRA")}
-    assert len(ours) == 27
+    assert len(ours) == 29
     for name, entry in ours.items():
         assert entry["description"], name
         for group in entry["input"].values():
