@@ -44,6 +44,10 @@ class Checkpoint:
         """The same file, seen through the names that follow `prefix`."""
         return Checkpoint(self.path, self._all, self.metadata, self._read, prefix)
 
+    def dtypes(self, keymap: KeyMap) -> dict[str, torch.dtype]:
+        """The dtype in which each of the model's parameters is stored."""
+        return {keymap.to_model(name): info.dtype for name, info in self.tensors.items()}
+
     def extra(self, name: str) -> Tensor | None:
         """A tensor that is no weight, such as a tokenizer, or None."""
         return self._read(name) if name in self._all else None

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..core.data import caching, planning
 from ..core.data.caching import CacheStep
 from ..core.data.discovery import Item
-from ..core.data.planning import PlannedText, PlannedWindow
+from ..core.data.planning import PlannedFile
 from ..core.data.statistics import describe
 from ..core.family import Family
 from . import handles
@@ -33,7 +33,7 @@ def _follow(steps: Iterator[CacheStep], node_id: str | None, what: str) -> list[
     return taken
 
 
-def _counts(what: str, steps: Sequence[CacheStep], planned: Sequence[PlannedWindow | PlannedText]) -> list[str]:
+def _counts(what: str, steps: Sequence[CacheStep], planned: Sequence[PlannedFile]) -> list[str]:
     outcomes = [step.outcome for step in steps]
     failed = f", {outcomes.count('failed')} failed" if "failed" in outcomes else ""
     lines = [f"{what}: {outcomes.count('made')} made, {outcomes.count('kept')} up to date{failed}"]
@@ -43,9 +43,7 @@ def _counts(what: str, steps: Sequence[CacheStep], planned: Sequence[PlannedWind
     return lines
 
 
-def _stale(
-    planned: Sequence[PlannedWindow | PlannedText], family: Family, delete: bool, left_out: Sequence[Item] = ()
-) -> list[str]:
+def _stale(planned: Sequence[PlannedFile], family: Family, delete: bool, left_out: Sequence[Item] = ()) -> list[str]:
     """Say which files of earlier runs nothing needs any more, and delete them if that is wished."""
     stale = planning.stale_files(planned, family, left_out)
     if not stale:

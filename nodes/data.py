@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import folder_paths
 import numpy as np
@@ -95,9 +96,7 @@ def _frame_counts(text: str) -> tuple[int, ...]:
 class _DatasetNode(io.ComfyNode):
     """What the data set nodes share; `find` gives the data sets of a node's own inputs."""
 
-    @classmethod
-    def find(cls, **inputs: Any) -> list[Dataset]:
-        raise NotImplementedError
+    find: ClassVar[Callable[..., list[Dataset]]]
 
     @classmethod
     def validate_inputs(cls, datasets=None, **inputs: Any) -> bool | str:

@@ -64,7 +64,7 @@ class LoadVAE(io.ComfyNode):
                 _precision("VAE", handles.PRECISIONS),
                 io.Int.Input("tile_size", default=0, min=0, max=2048, step=32, optional=True, advanced=True,
                              tooltip="Work on tiles of so many pixels when frames are too large for the memory: 256 needs a "
-                             "tenth of 832x480. 0: whole frames, which is exact. Caches made with tiles are made again "
+                             "sixth of 832x480. 0: whole frames, which is exact. Caches made with tiles are made again "
                              "without."),
                 io.Boolean.Input("cache_on_cpu", default=False, optional=True, advanced=True,
                                  tooltip="Keeps what the VAE remembers of earlier frames in main memory: slower, somewhat "

@@ -67,7 +67,7 @@ class MemoryPlan(io.ComfyNode):
         rows = allocate(dit.matrices, loraid).rows if loraid else whole
         subject = planner.Subject(
             family=family, config=part.config, matrices=dit.matrices, device=device,
-            dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
+            dtypes=checkpoint.dtypes(part.keymap),
             rows=network.chosen(rows, whole) if network else rows,
             network=network or NetworkSettings(),
             optimizer_bytes=(optimizer or OptimizerSettings()).kind.state_bytes,

@@ -194,16 +194,16 @@ def _read_ahead(
     limit = min(_READ_AHEAD, psutil.virtual_memory().available // 4)
     largest = max(prod(window.size) * 3 for window in batches)
     workers = max(1, min(limit // (2 * largest), _READERS, os.cpu_count() or 1))
-    sources = (_read(windows, batches[windows[0]].plan, family) for windows in by_item.values())
+    sources = (read_item(windows, batches[windows[0]].plan, family) for windows in by_item.values())
     return parallel(
         sources, workers, limit, cost=lambda read: len(read[1]) if isinstance(read[1], str) else read[1].nbytes
     )
 
 
-def _read(
+def read_item(
     windows: list[PlannedWindow], plan: LatentPlan, family: Family
 ) -> Iterator[tuple[PlannedWindow, np.ndarray | str]]:
-    """The windows of one item, in one pass over its file."""
+    """Windows of one item and size with their frames (F, H, W, 3), or why they cannot be read, in one pass over its file."""
     source, size = windows[0].item.source, (windows[0].size.width, windows[0].size.height)
     waiting = {window.window: window for window in windows}
     try:

@@ -35,15 +35,10 @@ class Dataset:
         return cls(config, tuple(find_items(config, resolve)))
 
 
-@dataclass(frozen=True)
-class PlannedWindow:
-    """One latent file to be: frames of an item at a size in pixels. `window` is None for an image, `clip` is the item's
-    length in frames at the model's rate. A `foreign` file was made by another trainer and is used as it is."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """One cache file to be. A `foreign` one was made by another trainer and is used as it is."""
 
-    item: Item
-    window: Window | None
-    size: VideoSize
-    clip: int
     path: Path
     fingerprint: str
     foreign: bool = False
@@ -51,6 +46,24 @@ class PlannedWindow:
     @property
     def is_cached(self) -> bool:
         return self.foreign or cache_files.is_current(self.path, self.fingerprint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWindow(PlannedFile):
+    """A latent file: frames of an item at a size in pixels. `window` is None for an image, `clip` is the item's length in
+    frames at the model's rate."""
+
+    item: Item
+    window: Window | None
+    size: VideoSize
+    clip: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedText(PlannedFile):
+    """A text file."""
+
+    caption: str
 
 
 @dataclass
@@ -62,23 +75,17 @@ class LatentPlan:
     left_out: dict[Item, str] = field(default_factory=dict)
 
     @property
+    def by_size(self) -> dict[VideoSize, list[PlannedWindow]]:
+        """The windows of each bucket."""
+        found: dict[VideoSize, list[PlannedWindow]] = {}
+        for window in self.windows:
+            found.setdefault(window.size, []).append(window)
+        return found
+
+    @property
     def problems(self) -> list[str]:
         """`name (reason)` of everything that is left out, by name."""
         return sorted(f"{item.source.name} ({reason})" for item, reason in self.left_out.items())
-
-
-@dataclass(frozen=True)
-class PlannedText:
-    """One text file to be. A `foreign` file was made by another trainer and is used as it is."""
-
-    caption: str
-    path: Path
-    fingerprint: str
-    foreign: bool = False
-
-    @property
-    def is_cached(self) -> bool:
-        return self.foreign or cache_files.is_current(self.path, self.fingerprint)
 
 
 def plan_latents(
@@ -143,15 +150,19 @@ def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) 
     planned = []
     for window in windows:
         pixels = VideoSize(window.count if window else 1, size[1], size[0])
-        foreign = _foreign_path(item, window, pixels, (info.width, info.height), config.cache, family)
-        if foreign is not None:
-            planned.append(PlannedWindow(item, window, pixels, info.frames, foreign, fingerprint(foreign), True))
-            continue
-        identity = digest([_READING, content, encoder, list(pixels), list(window or ()), family.fps, config.source_fps])
-        path = cache_files.latent_path(config.cache, item.key, window, size, family)
-        if cache_files.is_foreign(path):
-            path = cache_files.latent_path(config.cache, item.key + _BESIDE, window, size, family)
-        planned.append(PlannedWindow(item, window, pixels, info.frames, path, identity))
+        path = _foreign_path(item, window, pixels, (info.width, info.height), config.cache, family)
+        foreign = path is not None
+        if foreign:
+            identity = fingerprint(path)
+        else:
+            identity = digest(
+                [_READING, content, encoder, list(pixels), list(window or ()), family.fps, config.source_fps]
+            )
+            path = cache_files.latent_path(config.cache, item.key, window, size, family)
+            if cache_files.is_foreign(path):
+                path = cache_files.latent_path(config.cache, item.key + _BESIDE, window, size, family)
+        planned.append(PlannedWindow(item=item, window=window, size=pixels, clip=info.frames, path=path,
+                                     fingerprint=identity, foreign=foreign))  # fmt: skip
     return planned
 
 
@@ -200,11 +211,11 @@ def plan_text(dataset: Dataset, family: Family, encoder_identity: str) -> list[P
         if not foreign and cache_files.is_foreign(path):
             path = cache_files.text_path(dataset.config.cache, item.key + _BESIDE, family)
         identity = fingerprint(path) if foreign else digest([item.caption, encoder_identity])
-        planned.append(PlannedText(item.caption, path, identity, foreign))
+        planned.append(PlannedText(caption=item.caption, path=path, fingerprint=identity, foreign=foreign))
     return planned
 
 
-def check_distinct(planned: Iterable[PlannedWindow | PlannedText]) -> None:
+def check_distinct(planned: Iterable[PlannedFile]) -> None:
     """Raise ValueError when two data sets would write one cache file with different contents."""
     wanted: dict[Path, str] = {}
     for one in planned:
@@ -215,15 +226,13 @@ def check_distinct(planned: Iterable[PlannedWindow | PlannedText]) -> None:
             )
 
 
-def stale_files(
-    planned: Sequence[PlannedWindow | PlannedText], family: Family, left_out: Iterable[Item] = ()
-) -> list[Path]:
+def stale_files(planned: Sequence[PlannedFile], family: Family, left_out: Iterable[Item] = ()) -> list[Path]:
     """Files in the planned caches that this pack made for this family and that nothing planned needs any more: of other
     sizes, of clips that are gone. `planned` is all latents or all text of all data sets; files of items that are
     `left_out`, which may be readable again tomorrow, are not stale."""
     wanted = {one.path for one in planned}
     text = any(map(cache_files.is_text, wanted))
-    spared = tuple(f"{item.key}_" for item in left_out)
+    spared = tuple(f"{item.key}{beside}_" for item in left_out for beside in ("", _BESIDE))
     found = (path for folder in sorted({path.parent for path in wanted}) for path in cache_files.ours(folder, family))
     return [
         path for path in found

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..family import Family
-from ..shapes import VideoSize
+from .caching import read_item
 from .discovery import Item
-from .media import UnreadableMedia, read_image, read_windows
 from .planning import LatentPlan, PlannedWindow
 from .statistics import buckets
 from .windows import Window
@@ -22,6 +21,7 @@ WIDTH = 1280  # of the contact sheet, in pixels
 _MARGIN, _GAP = 24, 12
 _STRIP = 104  # height of a strip of frames
 _LANE = 10  # height of a window on a time line
+_LANES = 6  # of a clip at most
 _CLIPS = 40  # time lines at most
 _MOVING = 16  # windows of videos that are shown from their first frame to their last
 T = TypeVar("T")
@@ -43,10 +43,7 @@ def choose(plans: Sequence[LatentPlan], shown: int) -> list[tuple[LatentPlan, Pl
     """Up to `shown` windows of every bucket, spread over it."""
     chosen = []
     for plan in plans:
-        by_size: dict[VideoSize, list[PlannedWindow]] = {}
-        for window in plan.windows:
-            by_size.setdefault(window.size, []).append(window)
-        for windows in by_size.values():
+        for windows in plan.by_size.values():
             chosen += [(plan, window) for window in _spread(windows, shown)]
     return chosen
 
@@ -57,10 +54,9 @@ def sights(
     """The chosen windows, `height` pixels high; what cannot be read joins its plan's `left_out`."""
     moving = {id(window) for _, window in _spread([entry for entry in chosen if entry[1].window], _MOVING)}
     for plan, planned in chosen:
-        try:
-            frames = _frames(planned, plan, family)
-        except (UnreadableMedia, OSError) as error:
-            plan.left_out[planned.item] = str(error)
+        ((_, frames),) = read_item([planned], plan, family)
+        if isinstance(frames, str):
+            plan.left_out[planned.item] = frames
             continue
         moves = id(planned) in moving
         yield Sight(planned, _small(frames if moves else _three(frames), height), moves)
@@ -75,14 +71,6 @@ def _spread(values: Sequence[T], count: int) -> list[T]:
 def _three(frames: np.ndarray) -> np.ndarray:
     """The first frame, the middle one and the last."""
     return frames[np.linspace(0, len(frames) - 1, min(3, len(frames))).astype(int)]
-
-
-def _frames(planned: PlannedWindow, plan: LatentPlan, family: Family) -> np.ndarray:
-    source, size = planned.item.source, (planned.size.width, planned.size.height)
-    if planned.window is None:
-        return read_image(source, size)
-    ((_, frames),) = read_windows(source, [planned.window], size, family.fps, plan.dataset.config.source_fps)
-    return frames
 
 
 def _small(frames: np.ndarray, height: int) -> np.ndarray:
@@ -116,7 +104,7 @@ def contact_sheet(plans: Sequence[LatentPlan], seen: Sequence[Sight]) -> np.ndar
         config = plan.dataset.config
         parts.append(_line(config.title, 22, _TEXT))
         for bucket in buckets(plan):
-            parts.append(_line(bucket.describe(plan.dataset.config.noun), 15, _FAINT))
+            parts.append(_line(bucket.describe(config.noun), 15, _FAINT))
             parts.append(_cells([sight for sight in of_plan if sight.planned.size == bucket.size]))
         if config.kind == "video":
             parts.append(_time_lines(plan))
@@ -210,12 +198,12 @@ def _time_lines(plan: LatentPlan) -> Image.Image:
 
 
 def _lanes(windows: Sequence[Window]) -> list[int]:
-    """A lane for each window such that those in one lane do not overlap; the fifth and later ones share the last."""
+    """A lane for each window such that those in one lane do not overlap; what would need more than `_LANES` shares the last."""
     ends: list[int] = []
     chosen = []
     for window in windows:
         lane = next((lane for lane, end in enumerate(ends) if end <= window.start), len(ends))
-        lane = min(lane, 5)
+        lane = min(lane, _LANES - 1)
         ends[lane : lane + 1] = [window.start + window.count]
         chosen.append(lane)
     return chosen

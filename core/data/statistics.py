@@ -29,13 +29,13 @@ class Bucket:
 def buckets(plan: LatentPlan) -> list[Bucket]:
     """The buckets of a data set, the largest number of windows first."""
     config = plan.dataset.config
-    by_size: dict[VideoSize, list[Item]] = {}
-    for window in plan.windows:
-        by_size.setdefault(window.size, []).append(window.item)
     found = [
-        Bucket(size, len(set(items)), len(items), ceil(len(items) * config.num_repeats / config.batch_size))
-        for size, items in by_size.items()
-    ]
+        Bucket(
+            size, len({window.item for window in windows}), len(windows),
+            ceil(len(windows) * config.num_repeats / config.batch_size),
+        )
+        for size, windows in plan.by_size.items()
+    ]  # fmt: skip
     return sorted(found, key=lambda bucket: -bucket.windows)
 
 

@@ -25,11 +25,13 @@ from ..weights import Checkpoint, load_into
 from . import batches, planner
 from .job import Job, MemorySettings
 from .run import Run
+from .team import Team
 
 log = logging.getLogger("videolora.training")
 
 
 def open_dit(job: Job) -> tuple[Checkpoint, Part]:
+    """The checkpoint to train on. Raises ValueError when it is not the one that the job was made for."""
     path = Path(job.dit)
     opened = open_part(path, "dit")
     if fingerprint(path) != job.dit_fingerprint:
@@ -40,25 +42,27 @@ def open_dit(job: Job) -> tuple[Checkpoint, Part]:
 
 
 def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix],
-          rows: Mapping[str, loraid.Rows], device: torch.device) -> MemorySettings:  # fmt: skip
-    """Settings that fit, with the precision that the run began with: another one would make another LoRA."""
+                rows: Mapping[str, loraid.Rows], device: torch.device, team: Team) -> MemorySettings:  # fmt: skip
+    """Settings that fit, with the precision that the run began with: another one would make another LoRA. All processes
+    of a team plan with what the one with least has free, and so alike."""
     settings = replace(job.memory, precision=this.precision() or job.memory.precision)
     largest = max(batches.epoch(job.datasets, job.seed, 0), key=lambda items: len(items) * math.prod(items[0].size))
     batch = batches.make_batch(job, family, 0, largest, job.seed)
     subject = planner.Subject(
         family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
-        dtypes={part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
+        dtypes=checkpoint.dtypes(part.keymap),
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
         optimizer_bytes=job.optimizer.kind.state_bytes,
     )  # fmt: skip
-    plan = planner.choose(subject, settings, free_memory(device), free_memory(torch.device("cpu")))
+    free, free_host = (team.least(free_memory(where), device) for where in (device, torch.device("cpu")))
+    plan = planner.choose(subject, settings, free, free_host // team.size)
     log.info("planned: %s", plan)
     this.keep_precision(plan.settings.precision)
     return plan.settings
 
 
 def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix], memory: MemorySettings,
-              device: torch.device) -> torch.nn.Module:  # fmt: skip
+             device: torch.device) -> torch.nn.Module:  # fmt: skip
     """The transformer with its weights where the settings want them."""
     dtype = planner.compute_dtype(memory.precision, device)
     attend = load_backend(memory.attention, device, dtype, training=True)
@@ -68,11 +72,7 @@ def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[
     begin = time.perf_counter()
     with torch.device("meta"):
         dit = family.build_dit(part.config)
-    stored = planner.stored_weights(
-        memory.precision,
-        matrices,
-        {part.keymap.to_model(name): info.dtype for name, info in checkpoint.tensors.items()},
-    )
+    stored = planner.stored_weights(memory.precision, matrices, checkpoint.dtypes(part.keymap))
     load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored)
     modules = [dit.get_submodule(path) for path in blocks]
     use_attention(dit, attend)

@@ -100,7 +100,7 @@ def train_step(
         (each.mean() / (len(batches) * team.size)).backward()
         losses.append(each.detach())
     loss = torch.stack([each.mean() for each in losses]).mean() / team.size
-    team.add_up([*_gradients(parameters), loss] if team.size > 1 else [])
+    team.add_up(parameters, loss)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     mean, norm, *values = torch.cat(
         (loss.view(1), norm.view(1), *losses)
@@ -112,14 +112,6 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return outcome
-
-
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients of all parameters; zeros where this process's batches gave none."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in parameters]
 
 
 def flow_loss(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:

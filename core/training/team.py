@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _PATIENCE = timedelta(days=7)  # while the first process samples previews, or is paused, the others wait
 
@@ -32,10 +32,14 @@ class Team:
         """Whether this process writes the files and answers the user."""
         return self.place == 0
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange."""
+    def add_up(self, parameters: Sequence[nn.Parameter], *values: Tensor) -> None:
+        """Replace the parameters' gradients and the values by their sums over all processes, in one exchange."""
         if self.size == 1:
             return
+        for parameter in parameters:
+            if parameter.grad is None:  # this process's batches gave none
+                parameter.grad = torch.zeros_like(parameter)
+        tensors = [*(parameter.grad for parameter in parameters), *values]
         flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -48,6 +52,14 @@ class Team:
         said = torch.tensor([value], dtype=torch.uint8, device=device)
         dist.broadcast(said, 0)
         return bool(said.item())
+
+    def least(self, value: int, device: torch.device) -> int:
+        """The smallest of what the processes say."""
+        if self.size == 1:
+            return value
+        said = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.all_reduce(said, dist.ReduceOp.MIN)
+        return int(said.item())
 
 
 ALONE = Team()

@@ -71,7 +71,7 @@ def _train(this: Run, job: Job, device: torch.device, team: Team) -> None:
     checkpoint, part = open_dit(job)
     matrices = inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
     rows, allocation = trained_share(job, family, matrices)
-    memory = plan_memory(this, job, family, checkpoint, part, matrices, rows, device)
+    memory = plan_memory(this, job, family, checkpoint, part, matrices, rows, device, team)
     dit = load_dit(family, checkpoint, part, matrices, memory, device)
     title = family.variants[job.variant].title
     adapters = {

@@ -74,6 +74,7 @@ def test_batches_that_cannot_be_dealt_evenly_are_refused(made, tmp_path):
 
 
 def test_alone_nothing_is_exchanged():
-    tensor = torch.ones(3)
-    ALONE.add_up([tensor])
-    assert ALONE.leads and ALONE.agree(True, tensor.device) and tensor.tolist() == [1, 1, 1]
+    tensor, parameter = torch.ones(3), torch.nn.Parameter(torch.ones(2))
+    ALONE.add_up([parameter], tensor)
+    assert tensor.tolist() == [1, 1, 1] and parameter.grad is None
+    assert ALONE.leads and ALONE.agree(True, tensor.device) and ALONE.least(7, tensor.device) == 7
