@@ -18,8 +18,10 @@ from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
 from .weights import Checkpoint
 
-Kind = Literal["dit", "vae", "text_encoder"]
-KIND_TITLES: dict[str, str] = {"dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder"}
+Kind = Literal["dit", "vae", "text_encoder", "vision_encoder"]
+KIND_TITLES: dict[str, str] = {
+    "dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder", "vision_encoder": "image encoder",
+}  # fmt: skip
 
 TextStates = dict[str, Tensor]
 """What a text encoder made of one prompt; the names are the stems of the text cache's tensors."""
@@ -78,6 +80,15 @@ class TextEncoder(Protocol):
         """One TextStates per prompt, on the CPU."""
 
 
+class VisionEncoder(Protocol):
+    """A loaded image encoder. `model` is the module to move between devices; `encode` follows it."""
+
+    model: nn.Module
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in -1..1 -> features (B, L, D) on the CPU."""
+
+
 class VAE(Protocol):
     """A loaded video VAE. Pixels are (B, 3, F, H, W) in -1..1, latents (B, C, F, H, W) unscaled.
     `cache_on_cpu` keeps what it remembers of earlier frames in main memory."""
@@ -122,6 +133,7 @@ class Family:
     load_tokenizer  checkpoint of a text encoder -> Tokenizer
     text_states     names of the states that its text encoder gives
     load_text       (checkpoint, part, dtype, storing of its large weights or None) -> TextEncoder, on the CPU
+    load_vision     (checkpoint, part, dtype) -> VisionEncoder, on the CPU
     conditions      one TextStates per sample -> keyword arguments of the transformer
     to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
     from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
@@ -145,6 +157,7 @@ class Family:
     load_tokenizer: Callable[[Checkpoint], Tokenizer]
     text_states: tuple[str, ...]
     load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
+    load_vision: Callable[[Checkpoint, Part, torch.dtype], VisionEncoder]
     conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
     to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]
     from_comfyui: Callable[[Tensor, Mapping[str, Any]], TextStates]

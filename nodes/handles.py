@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from ..core.data.planning import Dataset, LatentPlan, PlannedText
 from ..core.devices import compute_dtype
 from ..core.families import FAMILIES, open_part
-from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant
+from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
 from ..core.lora.inventory import Matrix, inventory
 from ..core.lora.stack import LoadedLoRA, StackEntry, load_stack
@@ -29,6 +29,7 @@ from ..core.weights import load_into, shards
 
 DiT = io.Custom("VIDEOLORA_DIT")
 Vae = io.Custom("VIDEOLORA_VAE")
+VisionEncoderType = io.Custom("VIDEOLORA_VISION_ENCODER")
 TextEncoderType = io.Custom("VIDEOLORA_TEXT_ENCODER")
 Datasets = io.Custom("VIDEOLORA_DATASETS")
 LatentCacheType = io.Custom("VIDEOLORA_LATENT_CACHE")
@@ -56,7 +57,7 @@ class Slot:
 
     def __init__(self) -> None:
         self.patcher: ModelPatcher | None = None
-        self.encoder: TextEncoder | None = None
+        self.encoder: TextEncoder | VisionEncoder | None = None
         self._all.add(self)
 
     def on_device(
@@ -148,6 +149,15 @@ class TextEncoderFile(ModelFile):
         model, device = self.slot.encoder.model, mm.get_torch_device()
         fits = sum(parameter.nbytes for parameter in model.parameters()) < 0.9 * mm.get_total_memory(device)
         self.slot.on_device(lambda: model, memory=0, device=device if fits else torch.device("cpu"))
+        return self.slot.encoder
+
+
+class VisionEncoderFile(ModelFile):
+    def load(self) -> VisionEncoder:
+        """The image encoder on the compute device."""
+        if self.slot.encoder is None:
+            self.slot.encoder = self.family.load_vision(*open_part(self.path, "vision_encoder"), self.dtype)
+        self.slot.on_device(lambda: self.slot.encoder.model, memory=0)
         return self.slot.encoder
 
 

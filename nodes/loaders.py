@@ -126,6 +126,37 @@ class LoadT5(io.ComfyNode):
         return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
 
 
+class LoadCLIPVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadCLIPVision",
+            display_name="Load CLIP Image Encoder",
+            category=CATEGORY,
+            description="Opens the CLIP ViT-H image encoder, with which Wan 2.1 image-to-video looks at the start image.",
+            inputs=[
+                io.Combo.Input("model", options=paths.model_files("clip_vision"),
+                               tooltip="A file in ComfyUI's models/clip_vision: clip_vision_h.safetensors, or the official "
+                               "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."),
+                _precision("image encoder", handles.PRECISIONS),
+            ],
+            outputs=[handles.VisionEncoderType.Output("clip_vision", display_name="clip vision")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        return _checked(open_part, "clip_vision", model, "vision_encoder")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
+        return paths.model_state("clip_vision", model)
+
+    @classmethod
+    def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
+        path = paths.model_path("clip_vision", model)
+        return io.NodeOutput(handles.VisionEncoderFile(path, open_part(path, "vision_encoder")[1], precision))
+
+
 def _precision(what: str, options: Sequence[str], more: str = "") -> io.Combo.Input:
     return io.Combo.Input("precision", options=list(options), default="auto", optional=True, advanced=True,
                           tooltip=f"Precision of the {what}. auto: bfloat16 where the device has it.{more}")  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 
 from ...family import BlockKind, Family
-from . import checkpoint, defaults, text
+from . import checkpoint, defaults, text, vision
 from .dit import WanDiT
 from .vae import WanVAE
 
@@ -35,6 +35,7 @@ FAMILY = Family(
     load_tokenizer=text.Tokenizer,
     text_states=(text.STATES,),
     load_text=text.load,
+    load_vision=vision.load,
     conditions=text.conditions,
     to_comfyui=text.to_comfyui,
     from_comfyui=text.from_comfyui,
