@@ -23,14 +23,31 @@ KIND_TITLES: dict[str, str] = {
     "dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder", "vision_encoder": "image encoder",
 }  # fmt: skip
 
-TextStates = dict[str, Tensor]
-"""What a text encoder made of one prompt; the names are the stems of the text cache's tensors."""
+States = dict[str, Tensor]
+"""What a transformer is told of one sample besides noise and time; the names are the stems of the caches' tensors."""
+
+TextStates = States
+"""Those that a text encoder made of one prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """How an image-to-video release takes its images.
+
+    vision     it also takes the features of an image encoder
+    end        where an end image goes: inside (it is the clip's last frame) or after (an extra latent frame behind it)
+    needs_end  it cannot do without one
+    """
+
+    vision: bool = False
+    end: Literal["inside", "after"] = "after"
+    needs_end: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
-    models, one for each part of the noise levels."""
+    models, one for each part of the noise levels; `unusable` says why one that is recognised cannot be used."""
 
     name: str
     title: str
@@ -40,8 +57,9 @@ class Variant:
     guidance: float
     training_shift: float
     negative_prompt: str = ""
-    needs_image: bool = False
+    images: ImageInput | None = None
     expert: str = ""
+    unusable: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +152,12 @@ class Family:
     text_states     names of the states that its text encoder gives
     load_text       (checkpoint, part, dtype, storing of its large weights or None) -> TextEncoder, on the CPU
     load_vision     (checkpoint, part, dtype) -> VisionEncoder, on the CPU
-    conditions      one TextStates per sample -> keyword arguments of the transformer
-    to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
+    image_states    (VAE, VisionEncoder or None, ImageInput, start and end (B, 3, H, W) in -1..1 or None, frames) ->
+                    States per clip
+    conditions      one States per sample -> keyword arguments of the transformer
+    check_states    (config, name -> shape of States, latent size) raises ValueError when the transformer cannot take them
+    to_comfyui      States -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
+    image_options   the options alone, of States without a prompt
     from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
     """
 
@@ -158,6 +180,9 @@ class Family:
     text_states: tuple[str, ...]
     load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
     load_vision: Callable[[Checkpoint, Part, torch.dtype], VisionEncoder]
-    conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
-    to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]
-    from_comfyui: Callable[[Tensor, Mapping[str, Any]], TextStates]
+    image_states: Callable[[VAE, VisionEncoder | None, ImageInput, Tensor, Tensor | None, int], list[States]]
+    conditions: Callable[[Sequence[States]], dict[str, Tensor]]
+    check_states: Callable[[Any, Mapping[str, Sequence[int]], VideoSize], None]
+    to_comfyui: Callable[[States], tuple[Tensor, dict[str, Any]]]
+    image_options: Callable[[States], dict[str, Any]]
+    from_comfyui: Callable[[Tensor, Mapping[str, Any]], States]

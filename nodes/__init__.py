@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
+from .images import EncodeImage
 from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .planning import MemoryPlan
@@ -28,7 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
     MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
-    EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
+    EncodeText, EncodeImage, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip
 

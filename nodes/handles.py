@@ -179,8 +179,8 @@ class DiTFile(ModelFile):
             raise ValueError(f"{path.name} is no {variant}: its tensors are those of {' or '.join(part.variants)}.")
         family = FAMILIES[part.family]
         chosen = family.variants[part.variants[0] if variant == "auto" else variant]
-        if chosen.needs_image:
-            raise ValueError(f"{chosen.title} is recognised, but only text-to-video models can be used so far.")
+        if chosen.unusable:
+            raise ValueError(f"{chosen.title} is recognised, but cannot be used: {chosen.unusable}.")
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=tuple(inventory(family, shapes)))
 

@@ -20,7 +20,7 @@ class LoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         variants = [
-            name for family in FAMILIES.values() for name, variant in family.variants.items() if not variant.needs_image
+            name for family in FAMILIES.values() for name, variant in family.variants.items() if not variant.unusable
         ]
         return io.Schema(
             node_id="VideoLoRALoadDiT",

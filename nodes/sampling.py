@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.families import check_size
+from ..core.family import States
 from ..core.lora.adapter import attached
 from ..core.lora.stack import adapters
 from ..core.sampling.guidance import CFG_SKIP_MODES
@@ -182,7 +183,8 @@ class Sample(io.ComfyNode):
         loaded = dit.load_stack()
         model = dit.load(start)
         device = mm.get_torch_device()
-        steps = sample(model, family, start, _states(dit, positive), negative and _states(dit, negative), schedule,
+        told, away = (conditioning and _states(dit, conditioning, start) for conditioning in (positive, negative))
+        steps = sample(model, family, start, told, away, schedule,
                        guidance or dit.variant.guidance, seed, device)  # fmt: skip
         progress = Progress(cls.hidden.unique_id, schedule.steps)
         with attached(model, adapters(loaded, device, dit.dtype)), closing(steps):
@@ -192,7 +194,8 @@ class Sample(io.ComfyNode):
         return io.NodeOutput({**latent, "samples": family.latent.from_model(sampled).to(samples.device)})
 
 
-def _states(dit: handles.DiTFile, conditioning):
+def _states(dit: handles.DiTFile, conditioning, latents: torch.Tensor) -> States:
+    """What the model is told, checked: it must be able to take all of it with these latents."""
     if len(conditioning) != 1:
         raise ValueError(f"the conditioning has {len(conditioning)} parts; one prompt at a time can be sampled.")
     cross_attn, options = conditioning[0]
@@ -200,7 +203,10 @@ def _states(dit: handles.DiTFile, conditioning):
     if cross_attn.shape[-1] != width:
         raise ValueError(f"the conditioning has width {cross_attn.shape[-1]} and {dit.variant.title} takes {width}: it was "
                          "made by the text encoder of another model.")  # fmt: skip
-    return dit.family.from_comfyui(cross_attn, options)
+    states = dit.family.from_comfyui(cross_attn, options)
+    shapes = {name: value.shape for name, value in states.items()}
+    dit.family.check_states(dit.part.config, shapes, VideoSize(*latents.shape[2:]))
+    return states
 
 
 class Decode(io.ComfyNode):
@@ -214,16 +220,27 @@ class Decode(io.ComfyNode):
             inputs=[
                 handles.Vae.Input("vae", tooltip="The VAE of the model."),
                 io.Latent.Input("latent", tooltip="From Sample Video, or any latent of this model."),
+                io.Int.Input(
+                    "trim_tail_frames",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Leave out so many frames at the end: 3 where an end image was added to a model that was not "
+                    "made for it.",
+                ),
             ],
             outputs=[io.Image.Output("frames", display_name="frames")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, vae: handles.VAEFile, latent) -> io.NodeOutput:
+    def execute(cls, vae: handles.VAEFile, latent, trim_tail_frames: int = 0) -> io.NodeOutput:
         family, samples = vae.family, latent["samples"]
         family.latent.check_latents(samples)
         pixels = family.latent.pixels(VideoSize(*samples.shape[2:]))
+        if trim_tail_frames >= pixels.frames:
+            raise ValueError(f"{trim_tail_frames} of {pixels.frames} frames are to be left out: leave some.")
         images = torch.empty(len(samples) * pixels.frames, pixels.height, pixels.width, 3)
         progress = Progress(cls.hidden.unique_id, len(images))
         model = vae.load(pixels)
@@ -232,4 +249,5 @@ class Decode(io.ComfyNode):
                 begin = index * pixels.frames + first
                 images[begin : begin + len(frames)] = frames
                 progress.update(begin + len(frames), len(images))
-        return io.NodeOutput(images)
+        kept = images.unflatten(0, (len(samples), pixels.frames))[:, : pixels.frames - trim_tail_frames]
+        return io.NodeOutput(kept.flatten(0, 1))
