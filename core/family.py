@@ -34,14 +34,20 @@ TextStates = States
 class ImageInput:
     """How an image-to-video release takes its images.
 
-    vision     it also takes the features of an image encoder
+    states     name and shape of each of the States made of them; behind a single number stands the latents' size
+    vision     features of an image encoder are among them
     end        where an end image goes: inside (it is the clip's last frame) or after (an extra latent frame behind it)
     needs_end  it cannot do without one
     """
 
+    states: tuple[tuple[str, tuple[int, ...]], ...]
     vision: bool = False
     end: Literal["inside", "after"] = "after"
     needs_end: bool = False
+
+    def shapes(self, size: VideoSize) -> dict[str, tuple[int, ...]]:
+        """Name -> whole shape of the States with latents of this size."""
+        return {name: (*shape, *size) if len(shape) == 1 else shape for name, shape in self.states}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..core.data.planning import Dataset, LatentPlan, PlannedText
+from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
 from ..core.devices import compute_dtype
 from ..core.families import FAMILIES, open_part
 from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant, VisionEncoder
@@ -196,6 +196,17 @@ class DiTFile(ModelFile):
     def load_stack(self) -> list[LoadedLoRA]:
         """The LoRAs, read and checked."""
         return load_stack(self.loras, self.family, self.variant, self.matrices, allow_overlap=self.allow_overlap)
+
+
+def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> ImagePlan | None:
+    """What an image-to-video model needs of each clip's images, None for another. Raises ValueError when the image encoder
+    is missing, or too many."""
+    images = dit.variant.images if dit else None
+    if bool(clip_vision) != bool(images and images.vision):
+        name = dit.variant.title if dit else "no model"
+        raise ValueError(f"{name} is linked, and it takes no CLIP image encoder: take it away, or link the model that does."
+                         if clip_vision else f"{name} also sees images with CLIP: link Load CLIP Image Encoder.")  # fmt: skip
+    return images and ImagePlan(input=images, encoder_identity=clip_vision.identity if clip_vision else "")
 
 
 @dataclass(frozen=True)

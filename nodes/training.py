@@ -168,6 +168,9 @@ def _training_sets(
     sets = []
     for plan in latents.plans:
         config, items = plan.dataset.config, []
+        if dit.variant.images and (plan.images is None or plan.images.input != dit.variant.images):
+            raise ValueError(f"the latents were cached without what {dit.variant.title} is told of the clips' images: link the "
+                             "model to Cache Latents, and queue again.")  # fmt: skip
         for window in plan.windows:
             caption = captions.get((config.cache, window.item.key))
             if caption is None:
@@ -175,7 +178,7 @@ def _training_sets(
                                  "to Cache Latents and Cache Text.")  # fmt: skip
             items.append(TrainingItem(
                 latents=str(window.path), text=str(caption.path), size=tuple(dit.family.latent.latents(window.size)),
-                fingerprints=(window.fingerprint, caption.fingerprint),
+                fingerprints=(window.content if dit.variant.images else window.fingerprint, caption.fingerprint),
             ))  # fmt: skip
         sets.append(TrainingSet(title=config.title, batch_size=config.batch_size, num_repeats=config.num_repeats,
                                 items=tuple(items), settings=describe(config)))  # fmt: skip

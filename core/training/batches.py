@@ -133,13 +133,18 @@ def make_batch(job: Job, family: Family, before: int, items: Sequence[TrainingIt
 
 def batch_at(job: Job, family: Family, items: Sequence[TrainingItem], u: Tensor, rng: torch.Generator, seed: int = 0) -> Batch:  # fmt: skip
     """Read the cached samples and noise them to the quantiles `u` (B,) of the trained noise levels."""
-    data = torch.stack([cache_files.load_latents(Path(item.latents), family) for item in items])
+    variant = family.variants[job.variant]
+    latents, images = zip(
+        *(cache_files.load_sample(Path(item.latents), family, variant.images) for item in items), strict=True
+    )
+    data = torch.stack(latents)
     noise = torch.randn(data.shape, generator=rng)
     tokens = family.latent.tokens(VideoSize(1, *data.shape[3:]))
-    levels = distribution(job.timesteps, family.variants[job.variant].training_shift, tokens)
+    levels = distribution(job.timesteps, variant.training_shift, tokens)
     sigma = draw(levels, u)
     weight = WEIGHTINGS[job.timesteps.weighting](sigma)
-    conditions = family.conditions([cache_files.load_text(Path(item.text)) for item in items])
+    texts = (cache_files.load_text(Path(item.text)) for item in items)
+    conditions = family.conditions([{**text, **seen} for text, seen in zip(texts, images, strict=True)])
     return Batch(noised(data, noise, sigma), velocity(data, noise), sigma, conditions, weight, seed)
 
 

@@ -16,12 +16,9 @@ from torch import Tensor
 
 from ...family import VAE, ImageInput, States, VisionEncoder
 from ...shapes import VideoSize
-from .defaults import LATENT
+from .defaults import CLIP, IMAGE, LATENT, MASK_CHANNELS, TEXT
 from .dit import CLIP_TOKENS, TEXT_TOKENS, WanConfig
 
-# Names in the caches: `varlen_` because prompts differ in length.
-TEXT, IMAGE, CLIP = "varlen_t5", "latents_image", "clip"
-_MASK = 4  # channels
 _NO_EFFECT = ("pooled_output", "attention_mask")  # ComfyUI's encoders add them, and Wan does not use them
 _OF_IMAGES = ("concat_latent_image", "concat_mask", "clip_vision_output")
 
@@ -46,7 +43,7 @@ def image_states(
     if images.end == "inside" and end is not None:
         clip[:, :, -1] = end
     latents = LATENT.to_model(vae.encode(clip))
-    mask = torch.zeros_like(latents[:, :_MASK])
+    mask = torch.zeros_like(latents[:, :MASK_CHANNELS])
     mask[:, :, 0] = 1
     if end is not None and images.end == "inside":
         mask[:, -1, -1] = 1
@@ -112,7 +109,7 @@ def image_options(states: States) -> dict[str, Any]:
     """The image states as ComfyUI's WanImageToVideo puts them into CONDITIONING: latents in VAE space, mask inverted."""
     options: dict[str, Any] = {}
     if IMAGE in states:
-        mask, latents = states[IMAGE][None].float().split((_MASK, LATENT.channels), dim=1)
+        mask, latents = states[IMAGE][None].float().split((MASK_CHANNELS, LATENT.channels), dim=1)
         options |= {"concat_latent_image": LATENT.from_model(latents), "concat_mask": 1 - mask}
     if CLIP in states:
         options["clip_vision_output"] = ClipVisionOutput(states[CLIP][None].float())
@@ -142,7 +139,11 @@ def _images(options: Mapping[str, Any]) -> States:
     latents, mask, seen = (options.get(name) for name in _OF_IMAGES)
     if latents is not None:
         LATENT.check_latents(latents)
-        given = torch.zeros(_MASK, *latents.shape[2:]) if mask is None else _given(mask, VideoSize(*latents.shape[2:]))
+        given = (
+            torch.zeros(MASK_CHANNELS, *latents.shape[2:])
+            if mask is None
+            else _given(mask, VideoSize(*latents.shape[2:]))
+        )
         found[IMAGE] = torch.cat((given, LATENT.to_model(latents.cpu().float())[0]))
     if seen is not None:
         found[CLIP] = seen.penultimate_hidden_states[0]
@@ -151,9 +152,9 @@ def _images(options: Mapping[str, Any]) -> States:
 
 def _given(mask: Tensor, size: VideoSize) -> Tensor:
     """ComfyUI's mask (1, 1 or 4, F, H, W), 0 where the image is given -> ours (4, F, H, W), 1 where it is."""
-    if mask.ndim != 5 or mask.shape[1] not in (1, _MASK) or tuple(mask.shape[3:]) != size[1:]:
+    if mask.ndim != 5 or mask.shape[1] not in (1, MASK_CHANNELS) or tuple(mask.shape[3:]) != size[1:]:
         raise ValueError(
             f"the conditioning's mask of shape {tuple(mask.shape)} does not fit its image of {tuple(size)}."
         )
-    given = (1 - mask[0].cpu().float()).expand(_MASK, *mask.shape[2:])[:, : size.frames]
+    given = (1 - mask[0].cpu().float()).expand(MASK_CHANNELS, *mask.shape[2:])[:, : size.frames]
     return F.pad(given, (0, 0, 0, 0, 0, size.frames - given.shape[1]))

@@ -13,7 +13,7 @@ import torch
 from ...family import Part, TextStates
 from ...modules.quantized import Storing, linear_weights, restore_on_call
 from ...weights import Checkpoint, load_into
-from .conditioning import TEXT
+from .defaults import TEXT
 from .dit import TEXT_TOKENS
 
 _BATCH = 8

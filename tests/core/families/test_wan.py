@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizer import train_tokenizer
 from videolora.core.families import FAMILIES, open_part, recognise
 from videolora.core.families.wan import text
-from videolora.core.families.wan.conditioning import TEXT
+from videolora.core.families.wan.defaults import TEXT
 from videolora.core.modules.quantized import to_fp8, to_scaled_fp8
 from videolora.core.weights import load_into, open_checkpoint
 

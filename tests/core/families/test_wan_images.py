@@ -5,7 +5,7 @@ import reference
 import torch
 from safetensors.torch import save_file
 from videolora.core.families import FAMILIES, open_part
-from videolora.core.families.wan.conditioning import CLIP, IMAGE, TEXT
+from videolora.core.families.wan.defaults import CLIP, IMAGE, TEXT
 from videolora.core.shapes import VideoSize
 from videolora.core.weights import load_into
 
