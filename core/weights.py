@@ -148,12 +148,13 @@ def load_into(
     dtype: torch.dtype | Callable[[str], torch.dtype],
     device: torch.device | str | Callable[[str], torch.device | str] = "cpu",
     stored: Mapping[str, Storing] = MappingProxyType({}),
+    kept: Callable[[Tensor], Tensor] = lambda whole: whole,
 ) -> nn.Module:
     """Fill a module that was built on the meta device, one tensor at a time; frozen, in inference behaviour.
 
     `dtype` and `device` are one for all, or chosen by the parameter's name. The weights named in `stored`, all of linear
-    layers, are kept as the function behind their name makes them, with their factors as buffers `weight_scale`. Raises
-    ValueError that lists what is missing, left over or of another shape.
+    layers, are kept as the function behind their name makes them, with their factors as buffers `weight_scale`. `kept`
+    makes of each tensor what this process keeps of it. Raises ValueError that lists what is missing, left over or of another shape.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     sources = {keymap.to_model(name): name for name in checkpoint.tensors}
@@ -163,9 +164,10 @@ def load_into(
         target = dtype(name) if callable(dtype) else dtype
         home = device(name) if callable(device) else device
         if name in stored:
-            state[name], scales[name] = stored[name](Stored(*_moved(checkpoint.read_stored(sources[name]), home)))
+            whole, scales[name] = stored[name](Stored(*_moved(checkpoint.read_stored(sources[name]), home)))
         else:
-            state[name] = checkpoint.read(sources[name], target).to(home)
+            whole = checkpoint.read(sources[name], target).to(home)
+        state[name] = kept(whole)
     module.load_state_dict(state, strict=True, assign=True)
     for name, scale in scales.items():
         module.get_submodule(name.removesuffix(".weight")).register_buffer("weight_scale", scale)

@@ -334,6 +334,9 @@ class MemorySettingsNode(io.ComfyNode):
                 io.Int.Input("block_swap", default=default["block_swap"], min=0, max=100, optional=True,
                              tooltip="So many blocks of the model stay in the computer's memory and visit the card two at a time. "
                              "More need less of the card; up to all of them."),
+                io.Boolean.Input("shard", default=default["shard"], optional=True, advanced=True,
+                                 tooltip="GPUs that train together divide the model among them, for one that fits none of them. "
+                                 "Slower than each holding all of it."),
                 io.Combo.Input("attention", options=list(BACKENDS), default=default["attention"], optional=True,
                                tooltip="How attention is computed. sdpa is always there; flash, flash3 and xformers need their "
                                "packages; sage cannot train."),
@@ -345,12 +348,13 @@ class MemorySettingsNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, gradient_checkpointing, precision, mode="auto", offload_checkpoints=False, block_swap=0, attention="sdpa",
-        compile=False,
+        cls, gradient_checkpointing, precision, mode="auto", offload_checkpoints=False, block_swap=0, shard=False,
+        attention="sdpa", compile=False,
     ) -> bool | str:  # fmt: skip
         return _checked(
             MemorySettings, gradient_checkpointing=gradient_checkpointing, precision=precision, mode=mode,
-            offload_checkpoints=offload_checkpoints, block_swap=block_swap, attention=attention, compile=compile,
+            offload_checkpoints=offload_checkpoints, block_swap=block_swap, shard=shard, attention=attention,
+            compile=compile,
         )  # fmt: skip
 
     @classmethod

@@ -40,7 +40,7 @@ def sample(
     plain = _velocity(dit, family, positive, x)
     with_guidance = guided(plain, _velocity(dit, family, negative, x) if negative is not None else None, guidance)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a training goes on with what is gathered or streamed here
     def velocity(x: Tensor, sigma: float, index: int) -> Tensor:
         return (with_guidance if schedule.plan[index] == "A" else plain)(x, sigma)
 

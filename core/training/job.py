@@ -35,6 +35,7 @@ class MemorySettings:
                             loss scaled, so no computation is done in it
     offload_checkpoints     what checkpointing keeps waits in host memory
     block_swap              blocks whose weights stay in host memory and visit the device, two at a time
+    shard                   the GPUs that train together divide the weights; without it each holds all of them
     """
 
     gradient_checkpointing: bool = True
@@ -42,6 +43,7 @@ class MemorySettings:
     mode: str = "auto"
     offload_checkpoints: bool = False
     block_swap: int = 0
+    shard: bool = False
     attention: str = "sdpa"
     compile: bool = False
 
@@ -52,6 +54,8 @@ class MemorySettings:
         require(self.block_swap >= 0, f"block swap is {self.block_swap}: use 0 or the number of blocks to stream.")
         require(self.mode == "auto" or self.gradient_checkpointing or not self.offload_checkpoints,
                  "offloading needs gradient checkpointing: use both or neither.")  # fmt: skip
+        require(not (self.shard and self.block_swap), "weights are divided among GPUs or streamed from the host, not both: set "
+                "block swap to 0, or switch shard off.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +163,8 @@ class Job:
         require(
             any(dataset.items for dataset in self.datasets), "there is nothing to train on: all data sets are empty."
         )
+        require(self.gpus > 1 or not self.memory.shard, "the weights are to be divided among the GPUs, and gpus is 1: use 2 or "
+                "more, or switch shard off.")  # fmt: skip
         self.optimizer.check(self.steps)
         kind, ratio = self.optimizer.kind, self.network.loraplus_lr_ratio
         require(

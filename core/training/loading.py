@@ -20,6 +20,7 @@ from ..lora.inventory import Matrix, blocks_of
 from ..modules.attention import load_backend, use_attention
 from ..modules.compiling import compile_blocks
 from ..modules.offloading import Offload
+from ..modules.sharding import shard
 from ..modules.streaming import BlockStream, streamed_blocks
 from ..weights import Checkpoint, load_into
 from . import batches, planner
@@ -52,7 +53,7 @@ def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, par
         family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
         dtypes=checkpoint.dtypes(part.keymap),
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
-        optimizer_bytes=job.optimizer.kind.state_bytes,
+        optimizer_bytes=job.optimizer.kind.state_bytes, processes=team.size,
     )  # fmt: skip
     free, free_host = (team.least(free_memory(where), device) for where in (device, torch.device("cpu")))
     plan = planner.choose(subject, settings, free, free_host // team.size)
@@ -62,7 +63,7 @@ def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, par
 
 
 def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix], memory: MemorySettings,
-             device: torch.device) -> torch.nn.Module:  # fmt: skip
+             device: torch.device, team: Team) -> torch.nn.Module:  # fmt: skip
     """The transformer with its weights where the settings want them."""
     dtype = planner.compute_dtype(memory.precision, device)
     attend = load_backend(memory.attention, device, dtype, training=True)
@@ -73,8 +74,9 @@ def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[
     with torch.device("meta"):
         dit = family.build_dit(part.config)
     stored = planner.stored_weights(memory.precision, matrices, checkpoint.dtypes(part.keymap))
-    load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored)
     modules = [dit.get_submodule(path) for path in blocks]
+    kept = {"kept": shard(dit, modules, team.mesh(device))} if memory.shard else {}
+    load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored, **kept)
     use_attention(dit, attend)
     if memory.compile:
         compile_blocks(modules, device)

@@ -2,6 +2,7 @@
 
     job.json             what is trained
     worker.json          which process works on it: id and start time
+    gpus.json            which GPUs it was started on
     started.json         when it was first worked on
     status.json          running, paused, stopped, finished or failed; the step reached; the error
     metrics.jsonl        one line per step (see `watching.py`)
@@ -98,6 +99,14 @@ class Run:
     def keep_precision(self, precision: str) -> None:
         with atomic(self.path("precision.txt")) as temporary:
             temporary.write_text(precision, encoding="utf-8")
+
+    def gpus(self) -> tuple[int, ...]:
+        """Numbers of the GPUs that its process was started on; none where it was not said."""
+        path = self.path("gpus.json")
+        return tuple(read_json(path)) if path.exists() else ()
+
+    def keep_gpus(self, numbers: Sequence[int]) -> None:
+        write_json(self.path("gpus.json"), list(numbers))
 
     def write_status(self, state: str, step: int, **details: Any) -> None:
         write_json(self.path("status.json"), {"state": state, "step": step, **details})

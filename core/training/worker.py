@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from .previews import Previews
 from .prompts import PreviewSettings
 from .run import PAUSE, REQUESTS, SAVE, STOP, Run
 from .saving import Writer
-from .team import Team, joined
+from .team import ALONE, Team, joined
 from .validation import validation_loss
 from .watching import NotFinite, Watch
 
@@ -72,7 +74,7 @@ def _train(this: Run, job: Job, device: torch.device, team: Team) -> None:
     matrices = inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
     rows, allocation = trained_share(job, family, matrices)
     memory = plan_memory(this, job, family, checkpoint, part, matrices, rows, device, team)
-    dit = load_dit(family, checkpoint, part, matrices, memory, device)
+    dit = load_dit(family, checkpoint, part, matrices, memory, device, team)
     title = family.variants[job.variant].title
     adapters = {
         name: adapter.to(device)
@@ -85,34 +87,39 @@ def _train(this: Run, job: Job, device: torch.device, team: Team) -> None:
     first = state.load_state(this, adapters, optimizer, job)
     if first:
         log.info("going on after step %d", first)
+    writer = Writer(this, job, family, matrices, adapters, optimizer, allocation)
     with attached(dit, adapters):
-        if not team.leads:
-            return _follow(loop.train(dit, adapters, optimizer, batches.steps(job, family, first, team), job, device, first, team),
-                           job, device, team)  # fmt: skip
-        this.cut_metrics(first)
-        writer = Writer(this, job, family, matrices, adapters, optimizer, allocation)
-        return _Session(this, job, family, dit, device, writer, first, team).train()
+        _Session(this, job, family, dit, device, writer, first, team, together=memory.shard).train()
 
 
-def _follow(steps: Iterator[loop.Step], job: Job, device: torch.device, team: Team) -> None:
-    """What all processes but the first do: their part of each step, until the first says that it stops."""
-    if team.agree(False, device):
-        return
-    for step in steps:
-        if step.index == job.steps or team.agree(False, device):
-            return
+def _led(method: Callable) -> Callable:
+    """Done by the first process alone, which writes the files and answers the user."""
+
+    @functools.wraps(method)
+    def there(self: _Session, *args: Any) -> Any:
+        return method(self, *args) if self.team.leads else None
+
+    return there
 
 
 class _Session:
-    """The steps from `first` on, and what is done between them."""
+    """The steps from `first` on, and what is done between them; `together` all processes go through the model between
+    steps too, else the others wait there for the first one."""
 
     def __init__(self, this: Run, job: Job, family: Family, dit: nn.Module, device: torch.device, writer: Writer,
-                 first: int, team: Team) -> None:  # fmt: skip
+                 first: int, team: Team, *, together: bool) -> None:  # fmt: skip
         self.run, self.job, self.family, self.dit, self.device = this, job, family, dit, device
         self.writer, self.first, self.team = writer, first, team
-        self.watch, self.previews = Watch(this, job, device, first), Previews(this, job, family, device)
+        self.looks = team.leads or together
+        self.previews = Previews(this, job, family, device, team if together else ALONE)
+        self.watch = self._begin_watch()
         self.per_epoch = batches.batches_per_epoch(job)
         self.reported_at = 0.0
+
+    @_led
+    def _begin_watch(self) -> Watch:
+        self.run.cut_metrics(self.first)
+        return Watch(self.run, self.job, self.device, self.first)
 
     def train(self) -> None:
         """To the last step, or until the run is asked to stop."""
@@ -121,7 +128,7 @@ class _Session:
         if self._is_to_stop():  # asked for while the model was loading
             return self._stopped(self.first)
         data = prefetched(batches.steps(job, self.family, self.first, self.team))
-        with closing(self.watch), closing(data):
+        with closing(self.watch) if self.watch else nullcontext(), closing(data):
             for step in loop.train(
                 self.dit, writer.adapters, writer.optimizer, data, job, self.device, self.first, self.team
             ):
@@ -132,31 +139,36 @@ class _Session:
                 self._preview(step.index)
                 self._pause(step.index)
                 if self._is_to_stop():
-                    writer.save(step.index)
                     return self._stopped(step.index)
-        written = writer.finish(job.steps)
+        written = self._finish()
         self._preview(job.steps)
-        self.run.forget(*REQUESTS)
-        self.run.write_status(run.FINISHED, job.steps, files=[str(path) for path in written])
-        log.info("finished: %s", job.final_path)
-        return None
+        return self._finished(written)
 
     def _is_to_stop(self) -> bool:
         """Asked for by the user; all processes learn of it."""
         return self.team.agree(self.run.is_asked(STOP), self.device)
 
     def _report(self, step: loop.Step) -> None:
-        self.watch.report(step, self._validation(step.index))
+        self._write_down(step, self._validation(step.index))
+
+    @_led
+    def _write_down(self, step: loop.Step, validation: float | None) -> None:
+        self.watch.report(step, validation)
         if time.monotonic() - self.reported_at > _STATUS_SECONDS:
             self._status(step.index)
 
+    @_led
     def _status(self, step: int, doing: str = "") -> None:
         self.reported_at = time.monotonic()
         self.run.write_status(run.RUNNING, step, doing=doing)
 
     def _validation(self, step: int) -> float | None:
         watch = self.job.watch
-        if not watch.validation_share or (step % watch.validation_every_steps and step != self.job.steps):
+        if (
+            not self.looks
+            or not watch.validation_share
+            or (step % watch.validation_every_steps and step != self.job.steps)
+        ):
             return None
         self._status(step, "validating")
         with self._as_saved():
@@ -164,6 +176,7 @@ class _Session:
         self._status(step)
         return loss
 
+    @_led
     def _save(self, step: int) -> None:
         asked = self.run.is_asked(SAVE)
         if asked or self._ends_interval(step, self.job.save):
@@ -176,12 +189,13 @@ class _Session:
 
     def _preview(self, step: int) -> None:
         settings = self.job.previews
-        if settings.prompts and (self._ends_interval(step, settings) if step else settings.at_start):
+        if self.looks and settings.prompts and (self._ends_interval(step, settings) if step else settings.at_start):
             self._status(step, "sampling previews")
             with self._as_saved():
                 self.previews.make(step, self.dit)
             self._status(step)
 
+    @_led
     def _pause(self, step: int) -> None:
         if not self.run.is_asked(PAUSE):
             return
@@ -192,7 +206,20 @@ class _Session:
             time.sleep(_STATUS_SECONDS)
         self._status(step)
 
+    @_led
+    def _finish(self) -> list[Path]:
+        return self.writer.finish(self.job.steps)
+
+    @_led
+    def _finished(self, written: list[Path]) -> None:
+        self.run.forget(*REQUESTS)
+        self.run.write_status(run.FINISHED, self.job.steps, files=[str(path) for path in written])
+        log.info("finished: %s", self.job.final_path)
+
+    @_led
     def _stopped(self, step: int) -> None:
+        if step > self.first:
+            self.writer.save(step)
         self.run.forget(*REQUESTS)
         self.run.write_status(run.STOPPED, step)
         log.info("stopped after step %d of %d; run the same job again to go on", step, self.job.steps)
