@@ -53,7 +53,8 @@ class ImageInput:
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
-    models, one for each part of the noise levels; `unusable` says why one that is recognised cannot be used."""
+    models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
+    cannot be used."""
 
     name: str
     title: str
@@ -65,7 +66,13 @@ class Variant:
     negative_prompt: str = ""
     images: ImageInput | None = None
     expert: str = ""
+    boundary: float = 0.0
     unusable: str = ""
+
+    def levels(self, boundary: float = 0.0) -> tuple[float, float]:
+        """The sigmas that the release is used for; `boundary` where it is not its authors'."""
+        at = boundary or self.boundary
+        return {"high": (at, 1.0), "low": (0.0, at)}.get(self.expert, (0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)

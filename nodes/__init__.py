@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
-from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE
+from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE, LoadWanExperts
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .planning import MemoryPlan
 from .previews import PreviewSettingsNode
@@ -24,7 +24,7 @@ from .settings import (
 from .training import Train
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadDiT, LoadVAE, LoadT5, LoadCLIPVision,
+    LoadDiT, LoadWanExperts, LoadVAE, LoadT5, LoadCLIPVision,
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,

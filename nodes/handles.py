@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
-from ..core.devices import compute_dtype
+from ..core.devices import compute_dtype, free_memory
 from ..core.families import FAMILIES, open_part
 from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
+from ..core.io.safetensors import read_header
+from ..core.lora.adapter import attached
 from ..core.lora.inventory import Matrix, inventory
-from ..core.lora.stack import LoadedLoRA, StackEntry, load_stack
+from ..core.lora.stack import LoadedLoRA, StackEntry, adapters, load_stack
 from ..core.modules.quantized import STORINGS
 from ..core.modules.tiling import TiledVAE
+from ..core.sampling.experts import ExpertPair
 from ..core.shapes import VideoSize
 from ..core.weights import load_into, shards
 
@@ -75,6 +79,13 @@ class Slot:
             raise ValueError(f"the model needs {needed / 2**30:.1f} GiB and {mm.get_free_memory(device) / 2**30:.1f} GiB are free on "
                              f"{device}: use a smaller model, or start ComfyUI without --novram.")  # fmt: skip
         return module
+
+    def release(self) -> None:
+        """Give back the memory of this model; it is read again when it is needed again."""
+        self.patcher = self.encoder = None
+        gc.collect()
+        mm.cleanup_models()
+        mm.soft_empty_cache()
 
     @classmethod
     def release_all(cls) -> None:
@@ -163,13 +174,16 @@ class VisionEncoderFile(ModelFile):
 
 @dataclass(frozen=True)
 class DiTFile(ModelFile):
-    """A transformer, and the LoRAs that are applied when it is used."""
+    """A transformer, and the LoRAs that are applied when it is used. One that is the high-noise expert of a pair has the
+    other as `low`, and is used from sigma `boundary` on."""
 
     variant: Variant = None
     prefix: str = ""
     matrices: tuple[Matrix, ...] = ()
     loras: tuple[StackEntry, ...] = ()
     allow_overlap: bool = False
+    low: DiTFile | None = None
+    boundary: float = 0.0
 
     @classmethod
     def open(cls, path: Path, variant: str) -> DiTFile:
@@ -184,8 +198,62 @@ class DiTFile(ModelFile):
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=tuple(inventory(family, shapes)))
 
+    @property
+    def experts(self) -> tuple[DiTFile, ...]:
+        """The model itself, or both experts of a pair, each without the other."""
+        return (self,) if self.low is None else (replace(self, low=None), self.low)
+
+    def with_low(self, low: DiTFile, boundary: float) -> DiTFile:
+        """This and the expert for low noise as one. Raises ValueError when they are no pair."""
+        if (
+            (self.variant.expert, low.variant.expert) != ("high", "low")
+            or self.matrices != low.matrices
+            or self.part.config != low.part.config
+        ):
+            raise ValueError(f"{self.path.name} and {low.path.name} are no pair of experts for high and low noise: they are "
+                             f"{self.part.title} and {low.part.title}.")  # fmt: skip
+        return replace(self, low=low, boundary=boundary or self.variant.boundary)
+
     def with_loras(self, loras: tuple[StackEntry, ...], allow_overlap: bool) -> DiTFile:
+        """With these LoRAs too; of a pair, each expert with those that were not made for the other."""
+        if self.low is not None:
+            high, low = (
+                expert.with_loras(
+                    tuple(one for one in loras if _made_for(one, expert.family) in ("", expert.variant.expert)),
+                    allow_overlap,
+                )
+                for expert in self.experts
+            )
+            return replace(high, low=low)
         return replace(self, loras=self.loras + loras, allow_overlap=self.allow_overlap or allow_overlap)
+
+    @contextmanager
+    def at_work(self, latents: torch.Tensor, guidance: Mapping[str, float]) -> Iterator[torch.nn.Module | ExpertPair]:
+        """The transformer with its LoRAs, for latents of this shape. Of a pair an expert is loaded when it is first needed,
+        and the other is let go of where the host's memory cannot hold both."""
+        files = {expert.variant.expert: (expert, expert.load_stack()) for expert in self.experts}
+        with ExitStack() as stack:
+            using: dict[str, torch.nn.Module] = {}
+
+            def use(name: str) -> torch.nn.Module:
+                if name not in using:
+                    stack.close()
+                    using.clear()
+                    file, loras = files[name]
+                    for other, _ in files.values():
+                        if other is not file and other.slot.patcher is not None and not file.fits_beside():
+                            other.slot.release()
+                    model = file.load(latents)
+                    stack.enter_context(attached(model, adapters(loras, mm.get_torch_device(), file.dtype)))
+                    using[name] = model
+                return using[name]
+
+            yield use(self.variant.expert) if self.low is None else ExpertPair(self.boundary, use, guidance)
+
+    def fits_beside(self) -> bool:
+        """Whether the host's memory has room for its weights beside what is there, or they are there already."""
+        size = sum(path.stat().st_size for path in shards(self.path))
+        return self.slot.patcher is not None or size < free_memory(torch.device("cpu"))
 
     def load(self, latents: torch.Tensor) -> torch.nn.Module:
         """The transformer on the compute device, without its LoRAs, for latents of this shape."""
@@ -196,6 +264,14 @@ class DiTFile(ModelFile):
     def load_stack(self) -> list[LoadedLoRA]:
         """The LoRAs, read and checked."""
         return load_stack(self.loras, self.family, self.variant, self.matrices, allow_overlap=self.allow_overlap)
+
+
+def _made_for(entry: StackEntry, family: Family) -> str:
+    """The expert that a LoRA was trained for, by what its file says; nothing when it says nothing."""
+    metadata = read_header(entry.path).metadata if entry.path.suffix == ".safetensors" else {}
+    variant = family.variants.get(metadata.get("videolora_variant", ""))
+    named = metadata.get("ss_loraid_expert", variant.expert if variant else "")
+    return "" if named == "both" else named
 
 
 def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> ImagePlan | None:

@@ -51,6 +51,60 @@ class LoadDiT(io.ComfyNode):
         return io.NodeOutput(handles.DiTFile.open(paths.model_path("diffusion_models", model), variant))
 
 
+class LoadWanExperts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        models = paths.model_files("diffusion_models")
+        return io.Schema(
+            node_id="VideoLoRALoadWanExperts",
+            display_name="Load Wan 2.2 Experts",
+            category=CATEGORY,
+            description="Opens the two transformers of Wan 2.2 A14B, one for high noise and one for low noise, to be used as one "
+            "model for training and sampling. Each is read when it is needed; where memory is short only one is held.",
+            inputs=[
+                io.Combo.Input("high", options=models, tooltip="The high-noise expert, in ComfyUI's models/diffusion_models."),
+                io.Combo.Input("low", options=models, tooltip="The low-noise expert."),
+                io.Float.Input("boundary", default=0.0, min=0.0, max=0.999, step=0.005, round=0.001, optional=True, advanced=True,
+                               tooltip="From this noise level on the high-noise expert is used, below it the other one. 0: what the "
+                               "authors recommend (0.875 text-to-video, 0.9 image-to-video)."),
+                handles.Stack.Input("high_loras", optional=True, tooltip="LoRAs for the high-noise expert alone. LoRAs in Apply "
+                                    "LoRAs go to the experts that they were trained for, or to both."),
+                handles.Stack.Input("low_loras", optional=True, tooltip="LoRAs for the low-noise expert alone."),
+            ],
+            outputs=[handles.DiT.Output("dit", display_name="dit")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, high: str | None, low: str | None) -> bool | str:
+        for name, expert in ((high, "high"), (low, "low")):
+            said = _checked(_open_expert, "diffusion_models", name, expert)
+            if said is not True:
+                return said
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, high: str, low: str, **_: object) -> list:
+        return [paths.model_state("diffusion_models", name) for name in (high, low)]
+
+    @classmethod
+    def execute(cls, high: str, low: str, boundary: float = 0.0, high_loras=(), low_loras=()) -> io.NodeOutput:
+        opened = (
+            _open_expert(paths.model_path("diffusion_models", name), expert).with_loras(loras, False)
+            for name, expert, loras in ((high, "high", high_loras), (low, "low", low_loras))
+        )
+        return io.NodeOutput(next(opened).with_low(next(opened), boundary))
+
+
+def _open_expert(path: Path, expert: str) -> handles.DiTFile:
+    """The file as this expert of a pair; the files of both have the same tensors. ValueError when it is none."""
+    _, part = open_part(path, "dit")
+    variants = FAMILIES[part.family].variants
+    fitting = [name for name in part.variants if variants[name].expert == expert]
+    if not fitting:
+        raise ValueError(f"{path.name} is {part.title}, no expert of Wan 2.2: use Load Video DiT for it.")
+    return handles.DiTFile.open(path, fitting[0])
+
+
 class LoadVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -10,8 +10,6 @@ from comfy_api.latest import io
 
 from ..core.families import check_size
 from ..core.family import States
-from ..core.lora.adapter import attached
-from ..core.lora.stack import adapters
 from ..core.sampling.guidance import CFG_SKIP_MODES
 from ..core.sampling.sample import decode, sample
 from ..core.sampling.schedule import Schedule
@@ -166,6 +164,8 @@ class Sample(io.ComfyNode):
                                "what the model's authors recommend (5 for Wan 2.1)."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The same seed gives the same video; the same noise as ComfyUI's own samplers."),
+                io.Float.Input("low_guidance", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01, optional=True, advanced=True,
+                               tooltip="Of the low-noise expert of Wan 2.2. 0: as guidance."),
             ],
             outputs=[io.Latent.Output("sampled", display_name="latent")],
             hidden=[io.Hidden.unique_id],
@@ -173,24 +173,26 @@ class Sample(io.ComfyNode):
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, positive, latent, schedule: Schedule, guidance: float, seed: int,
-                negative=None) -> io.NodeOutput:  # fmt: skip
+                negative=None, low_guidance: float = 0.0) -> io.NodeOutput:  # fmt: skip
         family, samples = dit.family, latent["samples"]
         start = family.latent.to_model(samples.float())
         if "noise_mask" in latent or samples.any():
             raise ValueError(
                 "the latent is not empty: only sampling from noise is possible so far. Link Empty Video Latent."
             )
-        loaded = dit.load_stack()
-        model = dit.load(start)
-        device = mm.get_torch_device()
         told, away = (conditioning and _states(dit, conditioning, start) for conditioning in (positive, negative))
-        steps = sample(model, family, start, told, away, schedule,
-                       guidance or dit.variant.guidance, seed, device)  # fmt: skip
+        if low_guidance and dit.low is None:
+            raise ValueError("low_guidance is for a pair of experts, and this is one model: set it to 0.")
+        scales = {one.variant.expert: guidance or one.variant.guidance for one in dit.experts}
+        scales |= {"low": low_guidance} if low_guidance else {}
         progress = Progress(cls.hidden.unique_id, schedule.steps)
-        with attached(model, adapters(loaded, device, dit.dtype)), closing(steps):
-            for done, reached in enumerate(steps, start=1):
-                progress.update(done, schedule.steps)
-                sampled = reached
+        with dit.at_work(start, scales) as model:
+            scale = model.guidance_at if dit.low else scales[dit.variant.expert]
+            steps = sample(model, family, start, told, away, schedule, scale, seed, mm.get_torch_device())
+            with closing(steps):
+                for done, reached in enumerate(steps, start=1):
+                    progress.update(done, schedule.steps)
+                    sampled = reached
         return io.NodeOutput({**latent, "samples": family.latent.from_model(sampled).to(samples.device)})
 
 

@@ -39,9 +39,10 @@ _720P = VideoSize(81, 720, 1280)
 
 def _variant(name: str, title: str, size: VideoSize = _720P, *, steps: int = 50, shift: float = 5.0,
              guidance: float = 5.0, training_shift: float = 3.0, images: ImageInput | None = None, expert: str = "",
-             unusable: str = "") -> Variant:  # fmt: skip
+             boundary: float = 0.0, unusable: str = "") -> Variant:  # fmt: skip
     return Variant(name=name, title=title, size=size, steps=steps, sampling_shift=shift, guidance=guidance,
-                   training_shift=training_shift, negative_prompt=NEGATIVE, images=images, expert=expert, unusable=unusable)  # fmt: skip
+                   training_shift=training_shift, negative_prompt=NEGATIVE, images=images, expert=expert, boundary=boundary,
+                   unusable=unusable)  # fmt: skip
 
 
 VARIANTS = {
@@ -50,15 +51,15 @@ VARIANTS = {
         _variant("2.1-t2v-1.3B", "Wan 2.1 T2V 1.3B", _480P),
         _variant("2.1-t2v-14B", "Wan 2.1 T2V 14B"),
         _variant("2.2-t2v-A14B-high", "Wan 2.2 T2V A14B, high noise", expert="high", steps=40, shift=12.0, guidance=4.0,
-                 training_shift=12.0),
+                 boundary=0.875, training_shift=12.0),
         _variant("2.2-t2v-A14B-low", "Wan 2.2 T2V A14B, low noise", expert="low", steps=40, shift=12.0, guidance=3.0,
-                 training_shift=12.0),
+                 boundary=0.875, training_shift=12.0),
         _variant("2.1-i2v-14B", "Wan 2.1 I2V 14B", steps=40, images=START_SEEN),
         _variant("2.1-flf2v-14B", "Wan 2.1 first-last-frame 14B", steps=40, images=START_END_SEEN),
         _variant("2.2-i2v-A14B-high", "Wan 2.2 I2V A14B, high noise", expert="high", steps=40, guidance=3.5, training_shift=5.0,
-                 images=START),
+                 boundary=0.9, images=START),
         _variant("2.2-i2v-A14B-low", "Wan 2.2 I2V A14B, low noise", expert="low", steps=40, guidance=3.5, training_shift=5.0,
-                 images=START),
+                 boundary=0.9, images=START),
         _variant("2.2-ti2v-5B", "Wan 2.2 TI2V 5B", unusable="its VAE is not supported; use Wan 2.1 or the 14B models of Wan 2.2"),
     )
 }  # fmt: skip
