@@ -76,6 +76,7 @@ class MemoryPlan(io.ComfyNode):
             optimizer_bytes=(optimizer or OptimizerSettings()).kind.state_bytes,
             latents=(batch_size, family.latent.channels, *size),
             conditions=family.conditions([states] * batch_size), processes=gpus,
+            networks=len(dit.experts),
         )  # fmt: skip
         free = int(free_gib * 2**30) or free_memory(device)
         text = planner.report(subject, memory or MemorySettings(), free, free_memory(torch.device("cpu")))
