@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _SCALES = ("scale_weight", "weight_scale")
 _NO_WEIGHTS = ("scaled_fp8", "spiece_model", "tokenizer", "tokenizer_json")
 _NO_WEIGHT_SUFFIXES = (".comfy_quant", ".position_ids", ".scale_input", ".input_scale")
+
+
+class View(NamedTuple):
+    """A tensor as a part of one in a file: some of its rows, in a shape of as many values."""
+
+    source: str
+    shape: tuple[int, ...]
+    rows: slice = slice(None)
 
 
 class Checkpoint:
@@ -43,6 +52,15 @@ class Checkpoint:
     def without_prefix(self, prefix: str) -> Checkpoint:
         """The same file, seen through the names that follow `prefix`."""
         return Checkpoint(self.path, self._all, self.metadata, self._read, prefix)
+
+    def viewed(self, views: Mapping[str, View]) -> Checkpoint:
+        """The same file as the tensors that `views` name, and no others."""
+
+        def read(name: str) -> Tensor:
+            return self.read(views[name].source)[views[name].rows].reshape(views[name].shape)
+
+        infos = {name: TensorInfo(view.shape, self.tensors[view.source].dtype) for name, view in views.items()}
+        return Checkpoint(self.path, infos, self.metadata, read)
 
     def dtypes(self, keymap: KeyMap) -> dict[str, torch.dtype]:
         """The dtype in which each of the model's parameters is stored."""

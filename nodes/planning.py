@@ -63,7 +63,9 @@ class MemoryPlan(io.ComfyNode):
                 optimizer: OptimizerSettings | None = None, memory: MemorySettings | None = None) -> io.NodeOutput:  # fmt: skip
         family, device = dit.family, mm.get_torch_device()
         checkpoint, part = open_part(dit.path, "dit")
-        states = family.from_comfyui(torch.ones(1, 1, part.text_width), {})
+        size, images = family.latent.latents(VideoSize(frames, height, width)), dit.variant.images
+        told = {name: torch.zeros(shape) for name, shape in (images.shapes(size) if images else {}).items()}
+        states = {**family.from_comfyui(torch.ones(1, 1, part.text_width), {}), **told}
         whole = {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
         rows = allocate(dit.matrices, loraid).rows if loraid else whole
         subject = planner.Subject(
@@ -72,8 +74,9 @@ class MemoryPlan(io.ComfyNode):
             rows=network.chosen(rows, whole) if network else rows,
             network=network or NetworkSettings(),
             optimizer_bytes=(optimizer or OptimizerSettings()).kind.state_bytes,
-            latents=(batch_size, family.latent.channels, *family.latent.latents(VideoSize(frames, height, width))),
+            latents=(batch_size, family.latent.channels, *size),
             conditions=family.conditions([states] * batch_size), processes=gpus,
+            networks=len(dit.experts),
         )  # fmt: skip
         free = int(free_gib * 2**30) or free_memory(device)
         text = planner.report(subject, memory or MemorySettings(), free, free_memory(torch.device("cpu")))

@@ -31,7 +31,7 @@ from ..core.training.job import (
 from ..core.training.loss import WEIGHTINGS
 from ..core.training.optimizers import OPTIMIZERS
 from ..core.training.schedules import SCHEDULES
-from ..core.training.timesteps import DENSITIES, SAMPLINGS
+from ..core.training.timesteps import DENSITIES, SAMPLINGS, WHOLE
 from . import handles, paths
 from .progress import say
 
@@ -298,7 +298,8 @@ class ShowTimesteps(io.ComfyNode):
         latent = dit.family.latent
         tokens = latent.tokens(latent.latents(VideoSize(1, height, width)))
         settings = timesteps or TimestepSettings()
-        picture, report = chart.show(settings, dit.variant.training_shift, tokens, f"{width}x{height}")
+        levels = settings.levels(dit.variant) if dit.low is None else WHOLE
+        picture, report = chart.show(settings, dit.variant.training_shift, tokens, f"{width}x{height}", levels)
         say(report, cls.hidden.unique_id)
         return io.NodeOutput(_image(picture), report)
 

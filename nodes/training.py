@@ -22,6 +22,7 @@ from ..core.lora.network import read_start
 from ..core.lora.stack import StackEntry
 from ..core.training import run as runs
 from ..core.training.job import (
+    Expert,
     Job,
     NetworkSettings,
     OptimizerSettings,
@@ -108,11 +109,13 @@ class Train(io.ComfyNode):
         optimizer.check(steps)
         settings.get("watch", WatchSettings()).check_installed()
         gpus.check(settings.get("gpus", 1))
-        if dit.loras:
+        if any(expert.loras for expert in dit.experts):
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
             )
-        _refuse_to_overwrite(paths.output_file("loras", name))
+        for expert in dit.experts:
+            ending = f"_{expert.variant.expert}" if dit.low else ""
+            _refuse_to_overwrite(paths.output_file("loras", name.removesuffix(".safetensors") + ending))
         return [missing for missing, value in (("latents", latents), ("text", text)) if value is None]
 
     @classmethod
@@ -130,6 +133,8 @@ class Train(io.ComfyNode):
             steps=steps,
             seed=seed,
             loraid=loraid,
+            low=dit.low and _low_expert(dit.low),
+            boundary=dit.boundary,
             **settings,
         )
         run = Run.of(job, paths.runs_folder())
@@ -139,11 +144,15 @@ class Train(io.ComfyNode):
         summary = _summary(run, job, metrics)
         say(summary["text"], cls.hidden.unique_id)
         return io.NodeOutput(
-            (StackEntry(job.final_path, 1.0, loraid.number if loraid else 0),),
-            str(job.final_path),
+            tuple(StackEntry(path, 1.0, loraid.number if loraid else 0) for path in job.final_paths),
+            "\n".join(map(str, job.final_paths)),
             {"loss": [entry["loss"] for entry in metrics if entry["loss"] is not None]},
             ui={"videolora_run": [summary], **_newest_previews(run)},
         )
+
+
+def _low_expert(dit: handles.DiTFile) -> Expert:
+    return Expert(name="low", variant=dit.variant.name, dit=str(dit.path), dit_fingerprint=fingerprint(dit.path))
 
 
 def _refuse_to_overwrite(target: Path) -> None:
@@ -167,6 +176,9 @@ def _training_sets(
     sets = []
     for plan in latents.plans:
         config, items = plan.dataset.config, []
+        if dit.variant.images and (plan.images is None or plan.images.input != dit.variant.images):
+            raise ValueError(f"the latents were cached without what {dit.variant.title} is told of the clips' images: link the "
+                             "model to Cache Latents, and queue again.")  # fmt: skip
         for window in plan.windows:
             caption = captions.get((config.cache, window.item.key))
             if caption is None:
@@ -174,7 +186,7 @@ def _training_sets(
                                  "to Cache Latents and Cache Text.")  # fmt: skip
             items.append(TrainingItem(
                 latents=str(window.path), text=str(caption.path), size=tuple(dit.family.latent.latents(window.size)),
-                fingerprints=(window.fingerprint, caption.fingerprint),
+                fingerprints=(window.content if dit.variant.images else window.fingerprint, caption.fingerprint),
             ))  # fmt: skip
         sets.append(TrainingSet(title=config.title, batch_size=config.batch_size, num_repeats=config.num_repeats,
                                 items=tuple(items), settings=describe(config)))  # fmt: skip
@@ -185,7 +197,8 @@ def _is_finished(run: Run, job: Job) -> bool:
     if run.status()["state"] != runs.FINISHED:
         return False
     try:
-        return safetensors.read_header(job.final_path).metadata.get("videolora_job") == job.digest
+        made = [safetensors.read_header(path).metadata.get("videolora_job") for path in job.final_paths]
+        return all(digest == job.digest for digest in made)
     except (OSError, ValueError):
         return False
 

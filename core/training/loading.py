@@ -24,18 +24,18 @@ from ..modules.sharding import shard
 from ..modules.streaming import BlockStream, streamed_blocks
 from ..weights import Checkpoint, load_into
 from . import batches, planner
-from .job import Job, MemorySettings
+from .job import Expert, Job, MemorySettings
 from .run import Run
 from .team import Team
 
 log = logging.getLogger("videolora.training")
 
 
-def open_dit(job: Job) -> tuple[Checkpoint, Part]:
+def open_dit(expert: Expert) -> tuple[Checkpoint, Part]:
     """The checkpoint to train on. Raises ValueError when it is not the one that the job was made for."""
-    path = Path(job.dit)
+    path = Path(expert.dit)
     opened = open_part(path, "dit")
-    if fingerprint(path) != job.dit_fingerprint:
+    if fingerprint(path) != expert.dit_fingerprint:
         raise ValueError(
             f"{path} is not the checkpoint this job was made for: it was changed. Queue the training again."
         )
@@ -48,12 +48,12 @@ def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, par
     of a team plan with what the one with least has free, and so alike."""
     settings = replace(job.memory, precision=this.precision() or job.memory.precision)
     largest = max(batches.epoch(job.datasets, job.seed, 0), key=lambda items: len(items) * math.prod(items[0].size))
-    batch = batches.make_batch(job, family, 0, largest, job.seed)
+    batch, *_ = (batches.make_batch(job, family, expert, 0, largest, job.seed) for expert in job.experts)
     subject = planner.Subject(
         family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
         dtypes=checkpoint.dtypes(part.keymap),
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
-        optimizer_bytes=job.optimizer.kind.state_bytes, processes=team.size,
+        optimizer_bytes=job.optimizer.kind.state_bytes, processes=team.size, networks=len(job.experts),
     )  # fmt: skip
     free, free_host = (team.least(free_memory(where), device) for where in (device, torch.device("cpu")))
     plan = planner.choose(subject, settings, free, free_host // team.size)

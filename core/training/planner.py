@@ -63,6 +63,7 @@ class Subject:
     device: torch.device
     optimizer_bytes: int  # per trained parameter
     processes: int = 1  # that train together
+    networks: int = 1  # adapters on so many transformers, of which one is there at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def predict(subject: Subject, settings: MemorySettings) -> Plan:
         settings=settings,
         weights=sharded_bytes(sizes, total, subject.processes) if settings.shard else total - sum(streamed),
         streaming=buffers_bytes(streamed),
-        adapters=trained * (4 + subject.optimizer_bytes),
+        adapters=trained * (4 + subject.optimizer_bytes) * subject.networks,
         # The optimizer's own step makes about two floats per parameter beside the gradients, when activations are gone.
         activations=max(peak, 12 * trained),
         host=sum(streamed) + offloaded,

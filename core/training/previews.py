@@ -23,10 +23,12 @@ from ..family import VAE, Family
 from ..io import safetensors
 from ..io.video import write_picture, write_video
 from ..modules.tiling import TiledVAE
+from ..sampling.experts import ExpertPair
 from ..sampling.sample import decode, sample
 from ..sampling.schedule import Schedule
 from ..shapes import VideoSize
 from ..weights import load_into
+from .experts import Experts
 from .job import Job
 from .prompts import Preview
 from .run import PREVIEW_SUFFIXES, STOP, Run
@@ -48,10 +50,10 @@ class Previews:
         """`team` are the processes that sample together, each of which makes the same calls."""
         self.run, self.settings, self.family, self.device, self.team = run, job.previews, family, device, team
 
-    def make(self, step: int, dit: nn.Module) -> None:
+    def make(self, step: int, experts: Experts) -> None:
         """The previews after `step` that are not there yet. All are sampled before the VAE is loaded, and it goes again."""
         try:
-            self._sample_all(step, dit)
+            self._sample_all(step, experts)
             if self.settings.vae and self.team.leads:
                 self._decode_all(step)
         except _Stopped:
@@ -76,14 +78,14 @@ class Previews:
     def _shown(self, step: int, number: int, preview: Preview) -> Path:
         return self.run.preview_path(step, number, _PICTURE if preview.frames == 1 else _VIDEO)
 
-    def _sample_all(self, step: int, dit: nn.Module) -> None:
+    def _sample_all(self, step: int, experts: Experts) -> None:
         for number, preview in enumerate(self.settings.prompts):
             path = self._latents(step, number)
             if self.team.agree(not path.exists(), self.device):
                 with self._attempt(f"preview {number} of step {step}") if self.team.size == 1 else nullcontext():
-                    self._sample(path, preview, dit)
+                    self._sample(path, preview, experts.sampler(preview.guidance))
 
-    def _sample(self, path: Path, preview: Preview, dit: nn.Module) -> None:
+    def _sample(self, path: Path, preview: Preview, dit: nn.Module | ExpertPair) -> None:
         size = self.family.latent.latents(VideoSize(preview.frames, preview.height, preview.width))
         empty = torch.zeros(1, self.family.latent.channels, *size)
         positive = cache_files.load_text(Path(preview.states))

@@ -12,7 +12,7 @@
     stop, save, pause    written to ask the process, after its step: to save and stop; to save and go on; to save and wait
                          until `pause` is gone
     state-00000100.safetensors   everything needed to go on after step 100
-    lora-00000100.safetensors    the LoRA after step 100
+    lora-00000100.safetensors    the LoRA after step 100; of two experts -high and -low
     previews/step-00000100_00.*  what the first prompt gave after step 100: its latents, and a video or picture of them
     tensorboard/         TensorBoard's files
 
@@ -172,8 +172,8 @@ class Run:
     def state_path(self, step: int) -> Path:
         return self.path(f"state-{step:08d}.safetensors")
 
-    def lora_path(self, step: int) -> Path:
-        return self.path(f"lora-{step:08d}.safetensors")
+    def lora_path(self, step: int, expert: str = "") -> Path:
+        return self.path("-".join(filter(None, [f"lora-{step:08d}", expert])) + ".safetensors")
 
     def preview_path(self, step: int, number: int, suffix: str) -> Path:
         return self.path("previews") / f"step-{step:08d}_{number:02d}{suffix}"
