@@ -68,7 +68,7 @@ def subject(args: argparse.Namespace, number: int | None, device: torch.device):
 def build(about, settings) -> torch.nn.Module:
     """The transformer with random weights, made tensor by tensor where it will be, as from a checkpoint."""
     dtype = planner.compute_dtype(settings.precision, about.device)
-    stored = planner.stored_weights(settings.precision, about.matrices, about.dtypes)
+    stored = quantized.stored_weights(settings.precision, (f"{m.name}.weight" for m in about.matrices), about.dtypes)
     blocks = inventory.blocks_of(about.matrices)
     numbers = streaming.streamed_blocks(settings.block_swap, len(blocks))
     with torch.device("meta"):
