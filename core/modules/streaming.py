@@ -103,13 +103,18 @@ class BlockStream:
         self.rest()
         self.numbers.clear()
 
+    @property
+    def buffers_bytes(self) -> int:
+        """What the device buffers take."""
+        return buffers_bytes([len(master) for master in self.masters])
+
     def streams(self, weight: nn.Parameter) -> bool:
         return any(weight is one for weights in self.weights for one in weights)
 
     @torch.inference_mode(False)
     def _make_buffers(self) -> None:
         largest = max(len(master) for master in self.masters)
-        for _ in range(min(_BUFFERS, len(self.masters))):
+        for _ in range(self.buffers_bytes // largest):
             self.buffers.append(_Buffer(torch.empty(largest, dtype=torch.uint8, device=self.side.device)))
 
     def _holding(self, index: int) -> _Buffer:
