@@ -30,6 +30,7 @@ I2V = "diffusion_models/wan2.1_i2v_480p_14B_fp16.safetensors"
 FLF2V = "diffusion_models/wan2.1_flf2v_720p_14B_fp16.safetensors"
 HIGH = "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors"
 LOW = "diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors"
+I2V_HIGH = "diffusion_models/wan2.2_i2v_high_noise_14B_fp16.safetensors"
 VISION = "clip_vision/clip_vision_h.safetensors"
 
 TEXT_DIM = 4096  # ComfyUI knows Wan by this
@@ -84,9 +85,10 @@ def dit(dim: int = 256, ffn: int = 512, depth: int = 6, seed: int = 3) -> torch.
     return model
 
 
-def image_to_video(tensors: dict[str, torch.Tensor], last_frame: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a Wan 2.1 image-to-video transformer made of those of a text-to-video one: it has not learnt to use
-    the image, and is led by it all the same."""
+def image_to_video(tensors: dict[str, torch.Tensor], images: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors of an image-to-video transformer made of those of a text-to-video one: it has not learnt to use the
+    image, and is led by it all the same. Of so many `images` it takes CLIP features: 2 make a first-last-frame model, 0 one
+    of Wan 2.2."""
     wan = pack.load("core.families.wan.dit")
     dim, clip, generator = tensors["patch_embedding.weight"].shape[0], 1280, torch.Generator().manual_seed(7)
 
@@ -95,11 +97,13 @@ def image_to_video(tensors: dict[str, torch.Tensor], last_frame: bool = False) -
 
     image = 0.3 * random(dim, 20, *wan.PATCH)
     made = {**tensors, "patch_embedding.weight": torch.cat((tensors["patch_embedding.weight"].float(), image), dim=1)}
+    if not images:
+        return {name: value.half() for name, value in made.items()}
     for norm, size in (("0", clip), ("4", dim)):
         made |= {f"img_emb.proj.{norm}.weight": torch.ones(size), f"img_emb.proj.{norm}.bias": torch.zeros(size)}
     for layer, size in (("1", clip), ("3", dim)):
         made |= {f"img_emb.proj.{layer}.weight": random(size, clip), f"img_emb.proj.{layer}.bias": torch.zeros(size)}
-    if last_frame:
+    if images > 1:
         made["img_emb.emb_pos"] = 0.02 * torch.randn(1, 2 * wan.CLIP_TOKENS, clip, generator=generator)
     for block in {name.split(".")[1] for name in tensors if name.startswith("blocks.")}:
         for name in ("k_img", "v_img"):
@@ -205,7 +209,8 @@ def make_relatives(folder: Path) -> None:
     safetensors = pack.load("core.io.safetensors")
     relatives = {
         I2V: lambda: image_to_video(safetensors.load(folder / DIT)[0]),
-        FLF2V: lambda: image_to_video(safetensors.load(folder / DIT)[0], last_frame=True),
+        FLF2V: lambda: image_to_video(safetensors.load(folder / DIT)[0], images=2),
+        I2V_HIGH: lambda: image_to_video(safetensors.load(folder / DIT)[0], images=0),
         HIGH: lambda: expert(safetensors.load(folder / DIT)[0], 1),
         LOW: lambda: expert(safetensors.load(folder / DIT)[0], 2),
         VISION: image_encoder,
