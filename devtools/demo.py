@@ -27,6 +27,7 @@ SMALL = {
     "VideoLoRASaveSettings": {"every_steps": 0},
     "VideoLoRATrain": {"steps": 160},
     "VideoLoRAEmptyLatent": {**SIZE, "frames": FRAMES},
+    "VideoLoRAEncodeImage": {**SIZE, "frames": FRAMES},
     "VideoLoRAFlowSchedule": {"steps": 20, "shift": 3.0},
     "VideoLoRASample": {"guidance": 3.0},
 }
@@ -40,7 +41,15 @@ NEGATIVE = ""
 
 
 def prepare_data(base: Path) -> None:
-    """The two characters' clips in ComfyUI's input folder."""
+    """The two characters' clips, and pictures, in ComfyUI's input folder."""
+    pictures = base / "input" / "pictures_1"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for seed in range(4):
+        frames, caption = clips.render_generic(seed, 1)
+        Image.fromarray(frames[0]).save(pictures / f"{seed}.png")
+        (pictures / f"{seed}.txt").write_text(caption)
+    for seed, name in enumerate(("start_image", "end_image")):
+        Image.fromarray(clips.render_generic(seed, 1)[0][0]).save(base / "input" / f"{name}.png")
     for folder, (character, _) in PROMPTS.items():
         target = base / "input" / folder
         if not target.is_dir():

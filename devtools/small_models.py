@@ -26,6 +26,12 @@ from tokenizer import train_tokenizer
 DIT = "diffusion_models/wan2.1_t2v_1.3B_bf16.safetensors"
 VAE = "vae/wan_2.1_vae.safetensors"
 TEXT = "text_encoders/umt5_xxl_fp16.safetensors"
+I2V = "diffusion_models/wan2.1_i2v_480p_14B_fp16.safetensors"
+FLF2V = "diffusion_models/wan2.1_flf2v_720p_14B_fp16.safetensors"
+HIGH = "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors"
+LOW = "diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors"
+I2V_HIGH = "diffusion_models/wan2.2_i2v_high_noise_14B_fp16.safetensors"
+VISION = "clip_vision/clip_vision_h.safetensors"
 
 TEXT_DIM = 4096  # ComfyUI knows Wan by this
 CLIPS, FRAMES = 128, 13
@@ -79,6 +85,71 @@ def dit(dim: int = 256, ffn: int = 512, depth: int = 6, seed: int = 3) -> torch.
     return model
 
 
+def image_to_video(tensors: dict[str, torch.Tensor], images: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors of an image-to-video transformer made of those of a text-to-video one: it has not learnt to use the
+    image, and is led by it all the same. Of so many `images` it takes CLIP features: 2 make a first-last-frame model, 0 one
+    of Wan 2.2."""
+    wan = pack.load("core.families.wan.dit")
+    dim, clip, generator = tensors["patch_embedding.weight"].shape[0], 1280, torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * torch.Size(shape[1:]).numel() ** -0.5
+
+    image = 0.3 * random(dim, 20, *wan.PATCH)
+    made = {**tensors, "patch_embedding.weight": torch.cat((tensors["patch_embedding.weight"].float(), image), dim=1)}
+    if not images:
+        return {name: value.half() for name, value in made.items()}
+    for norm, size in (("0", clip), ("4", dim)):
+        made |= {f"img_emb.proj.{norm}.weight": torch.ones(size), f"img_emb.proj.{norm}.bias": torch.zeros(size)}
+    for layer, size in (("1", clip), ("3", dim)):
+        made |= {f"img_emb.proj.{layer}.weight": random(size, clip), f"img_emb.proj.{layer}.bias": torch.zeros(size)}
+    if images > 1:
+        made["img_emb.emb_pos"] = 0.02 * torch.randn(1, 2 * wan.CLIP_TOKENS, clip, generator=generator)
+    for block in {name.split(".")[1] for name in tensors if name.startswith("blocks.")}:
+        for name in ("k_img", "v_img"):
+            made[f"blocks.{block}.cross_attn.{name}.weight"] = 0.3 * random(dim, dim)
+            made[f"blocks.{block}.cross_attn.{name}.bias"] = torch.zeros(dim)
+        made[f"blocks.{block}.cross_attn.norm_k_img.weight"] = torch.ones(dim)
+    return {name: value.half() for name, value in made.items()}
+
+
+def image_encoder(dim: int = 1280, inner: int = 64, depth: int = 2) -> dict[str, torch.Tensor]:
+    """Tensors of a CLIP image tower of the real width, and hardly any depth, as ComfyUI stores it."""
+    generator = torch.Generator().manual_seed(6)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * torch.Size(shape[1:]).numel() ** -0.5
+
+    def norm(name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}
+
+    top = "vision_model"
+    tensors = {
+        f"{top}.embeddings.class_embedding": torch.zeros(dim),
+        f"{top}.embeddings.patch_embedding.weight": random(dim, 3, 14, 14),
+        f"{top}.embeddings.position_embedding.weight": 0.1 * torch.randn(257, dim, generator=generator),
+        **norm(f"{top}.pre_layrnorm"), **norm(f"{top}.post_layernorm"),
+        "visual_projection.weight": random(8, dim),
+    }  # fmt: skip
+    for index in range(depth):
+        layer = f"{top}.encoder.layers.{index}"
+        tensors |= norm(f"{layer}.layer_norm1") | norm(f"{layer}.layer_norm2")
+        for name, outputs, inputs in (
+            *((f"self_attn.{part}_proj", dim, dim) for part in ("q", "k", "v", "out")), ("mlp.fc1", inner, dim), ("mlp.fc2", dim, inner),
+        ):  # fmt: skip
+            tensors |= {f"{layer}.{name}.weight": random(outputs, inputs), f"{layer}.{name}.bias": torch.zeros(outputs)}
+    return {name: value.half() for name, value in tensors.items()}
+
+
+def expert(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """One of two experts: a text-to-video transformer that is a little off."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (value.float() * (1 + 0.01 * torch.randn(value.shape, generator=generator))).half()
+        for name, value in tensors.items()
+    }
+
+
 def pretrain(model: torch.nn.Module, latents: torch.Tensor, states: list) -> None:
     """Teach the transformer moving shapes."""
     wan, flow = pack.load("core.families.wan.dit"), pack.load("core.flow")
@@ -127,12 +198,34 @@ def _cross_attention_with_few_pads(pads: int):
 
 
 def main(folder: Path) -> None:
+    """Make what is not there yet."""
+    if not all((folder / name).exists() for name in (DIT, VAE, TEXT)):
+        make_trained(folder)
+    make_relatives(folder)
+
+
+def make_relatives(folder: Path) -> None:
+    """What follows from the trained transformer, and the image encoder."""
+    safetensors = pack.load("core.io.safetensors")
+    relatives = {
+        I2V: lambda: image_to_video(safetensors.load(folder / DIT)[0]),
+        FLF2V: lambda: image_to_video(safetensors.load(folder / DIT)[0], images=2),
+        I2V_HIGH: lambda: image_to_video(safetensors.load(folder / DIT)[0], images=0),
+        HIGH: lambda: expert(safetensors.load(folder / DIT)[0], 1),
+        LOW: lambda: expert(safetensors.load(folder / DIT)[0], 2),
+        VISION: image_encoder,
+    }
+    for name, make in relatives.items():
+        if not (folder / name).exists():
+            safetensors.save(folder / name, make(), {})
+
+
+def make_trained(folder: Path) -> None:
+    """VAE, text encoder, and the transformer that learns moving shapes."""
     safetensors = pack.load("core.io.safetensors")
     families = pack.load("core.families")
     caching = pack.load("core.data.caching")
     weights = pack.load("core.weights")
-    if all((folder / name).exists() for name in (DIT, VAE, TEXT)):
-        return
     print("rendering clips to train the small transformer on", flush=True)
     rendered = [clips.render_generic(seed, FRAMES) for seed in range(CLIPS)]
     texts = [caption for _, caption in rendered] + list(clips.CHARACTERS) + list(clips.CHARACTERS.values())

@@ -152,10 +152,21 @@ def _link(number: int, placed: dict[str, dict], node: Node, name: str, value: Ou
 
 
 DIT, VAE, TEXT = "wan2.1_t2v_1.3B_bf16.safetensors", "wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors"
-FILES = f"""**Model files**
-- `models/diffusion_models/{DIT}`
-- `models/vae/{VAE}`
-- `models/text_encoders/{TEXT}`
+I2V, FLF2V = "wan2.1_i2v_480p_14B_fp16.safetensors", "wan2.1_flf2v_720p_14B_fp16.safetensors"
+HIGH, LOW = "wan2.2_t2v_high_noise_14B_fp16.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors"
+VISION = "clip_vision_h.safetensors"
+
+
+def _files(*dits: str, vision: bool = False) -> str:
+    lines = [
+        *(f"- `models/diffusion_models/{dit}`" for dit in dits),
+        f"- `models/vae/{VAE}`",
+        f"- `models/text_encoders/{TEXT}`",
+    ]
+    return "\n".join(["**Model files**", *lines, *([f"- `models/clip_vision/{VISION}`"] if vision else [])])
+
+
+FILES = f"""{_files(DIT)}
 
 Any other Wan 2.1 or 2.2 text-to-video file works as well: choose it in the loaders."""
 PROMPT = "character_1, walking through a park"
@@ -163,14 +174,23 @@ NEGATIVE = "blurry, static, overexposed, worst quality"
 
 
 def _sampling(graph: Graph, column: int, dit: Node, model: Out, text: Node, vae: Node, prompt: str, prefix: str,
-              skip_cfg: bool = False) -> None:  # fmt: skip
+              skip_cfg: bool = False, **images: Any) -> None:  # fmt: skip
+    """From prompts to a saved video; `images` are inputs of the node that encodes a start image, if there is one."""
     positive = graph.add(column, "VideoLoRAEncodeText", "Prompt", text_encoder=text[0], prompt=prompt)
     negative = graph.add(column, "VideoLoRAEncodeText", "Negative prompt", text_encoder=text[0], prompt=NEGATIVE)
-    latent = graph.add(column, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)
+    told, away = positive[0], negative[0]
+    if images:
+        encoded = graph.add(column + 1, "VideoLoRAEncodeImage", dit=dit[0], positive=told, negative=away, vae=vae[0],
+                            width=832, height=480, frames=81, **images)  # fmt: skip
+        told, away, latent = encoded[0], encoded[1], encoded[2]
+    else:
+        latent = graph.add(column, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)[
+            0
+        ]
     schedule = graph.add(column, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="euler")
     if skip_cfg:
         schedule = graph.add(column, "VideoLoRACFGSkip", schedule=schedule[0], ratio=0.5, mode="late")
-    sampled = graph.add(column + 1, "VideoLoRASample", dit=model, positive=positive[0], negative=negative[0], latent=latent[0],
+    sampled = graph.add(column + 1, "VideoLoRASample", dit=model, positive=told, negative=away, latent=latent,
                         schedule=schedule[0], guidance=0.0, seed=0)  # fmt: skip
     frames = graph.add(column + 1, "VideoLoRADecode", vae=vae[0], latent=sampled[0])
     video = graph.add(column + 1, "CreateVideo", images=frames[0], fps=16.0)
@@ -258,9 +278,103 @@ memory. The order of the LoRAs does not matter.
     return graph
 
 
+def _training(graph: Graph, model: Node, name: str, frames: str, folder: str, **latents: Any) -> Node:
+    """From a folder to a LoRA; `latents` are further inputs of the node that caches them."""
+    vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
+    text = graph.add(0, "VideoLoRALoadT5", model=TEXT)
+    data = graph.add(1, "VideoLoRADatasetFolder", caption_extension=".txt", width=832, height=480, frames=frames, repeats=1,
+                     batch_size=1, buckets=True, extraction="head", folder=folder)  # fmt: skip
+    cached = graph.add(2, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0], **latents)
+    captions = graph.add(2, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
+    network = graph.add(1, "VideoLoRANetworkSettings", rank=16, alpha=16.0)
+    optimizer = graph.add(1, "VideoLoRAOptimizerSettings", learning_rate=2e-4, weight_decay=0.01, warmup_steps=0,
+                          gradient_accumulation=1, max_grad_norm=1.0)  # fmt: skip
+    return graph.add(3, "VideoLoRATrain", dit=model[0], latents=cached[0], text=captions[0], name=name, steps=1000, seed=42,
+                     network=network[0], optimizer=optimizer[0])  # fmt: skip
+
+
+def wan_i2v_train() -> Graph:
+    graph = Graph(f"""# Train Wan image-to-video
+Put clips and a `.txt` caption for each into `ComfyUI/input/character_1`. The model is linked to Cache Latents too: what it is
+told of each clip's first frame is cached with the latents. Wan 2.2 image-to-video takes no CLIP: leave that loader out.
+
+{_files(I2V, vision=True)}""")
+    dit = graph.add(0, "VideoLoRALoadDiT", model=I2V, variant="auto")
+    vision = graph.add(0, "VideoLoRALoadCLIPVision", model=VISION)
+    _training(graph, dit, "character_1_i2v", "81", "character_1", dit=dit[0], clip_vision=vision[0])
+    return graph
+
+
+def wan_t2i_train() -> Graph:
+    graph = Graph(f"""# Train Wan on pictures
+Put pictures and a `.txt` caption for each into `ComfyUI/input/pictures_1`. A picture is a video of one frame: the LoRA works
+for pictures and for videos. For a picture choose 1 frame in Empty Video Latent.
+
+{FILES}""")
+    dit = graph.add(0, "VideoLoRALoadDiT", model=DIT, variant="auto")
+    _training(graph, dit, "pictures_1", "1", "pictures_1")
+    return graph
+
+
+def wan22_train_experts() -> Graph:
+    graph = Graph(f"""# Train both experts of Wan 2.2
+The experts for high and low noise are trained in one run, in turns of many steps, each with the noise levels it is used for.
+Two LoRAs are written to `ComfyUI/output/loras`, `character_1_high` and `character_1_low`. To train one expert alone, load it
+with Load Video DiT and choose its variant.
+
+{_files(HIGH, LOW)}""")
+    dit = graph.add(0, "VideoLoRALoadWanExperts", high=HIGH, low=LOW)
+    _training(graph, dit, "character_1", "81", "character_1")
+    return graph
+
+
+def wan22_t2v_sample() -> Graph:
+    graph = Graph(f"""# A video with Wan 2.2
+Two models, one for high noise and one for low noise, are used as one. Each is loaded when it is needed. LoRAs that were
+trained for one of them go to that one; others go to both.
+
+{_files(HIGH, LOW)}
+- `output/loras/character_1_high.safetensors` and `character_1_low.safetensors`""")
+    dit = graph.add(0, "VideoLoRALoadWanExperts", high=HIGH, low=LOW)
+    vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
+    text = graph.add(0, "VideoLoRALoadT5", model=TEXT)
+    high = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=0, lora="character_1_high.safetensors")
+    low = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=0, lora="character_1_low.safetensors", loras=high[0])
+    applied = graph.add(1, "VideoLoRAApplyLoRA", dit=dit[0], loras=low[0], allow_overlap=False)
+    _sampling(graph, 2, dit, applied[0], text, vae, PROMPT, "video/wan22")
+    return graph
+
+
+def _from_images(title: str, dit: str, prefix: str, *images: str) -> Graph:
+    graph = Graph(f"""# {title}
+Choose your own images. They are resized to cover the video and cropped to its middle.
+
+{_files(dit, vision=True)}""")
+    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant="auto")
+    vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
+    text = graph.add(0, "VideoLoRALoadT5", model=TEXT)
+    vision = graph.add(0, "VideoLoRALoadCLIPVision", model=VISION)
+    inputs = {name: graph.add(1, "LoadImage", name.replace("_", " ").capitalize(), (_WIDTH, 330), image=f"{name}.png")[0]
+              for name in images}  # fmt: skip
+    _sampling(graph, 2, model, model[0], text, vae, PROMPT, prefix, **inputs, clip_vision=vision[0])
+    return graph
+
+
+def wan_i2v_sample() -> Graph:
+    return _from_images("A video that begins with an image", I2V, "video/i2v", "start_image")
+
+
+def wan_flf2v_sample() -> Graph:
+    return _from_images("A video from a first to a last image", FLF2V, "video/flf2v", "start_image", "end_image")
+
+
 WORKFLOWS = {
-    make.__name__: make for make in (wan_t2v_prepare_data, wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge)
-}
+    make.__name__: make
+    for make in (
+        wan_t2v_prepare_data, wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge, wan_i2v_train, wan_t2i_train,
+        wan22_train_experts, wan22_t2v_sample, wan_i2v_sample, wan_flf2v_sample,
+    )
+}  # fmt: skip
 
 
 def files(info: dict[str, dict]) -> dict[Path, str]:

@@ -25,6 +25,7 @@ _VISION_ANCHOR = "transformer.0.attn.to_qkv.weight"
 _VISION_HF_ANCHOR = "vision_model.embeddings.class_embedding"
 ANCHORS = (_DIT_ANCHOR, _VAE_ANCHOR, _T5_ANCHOR, _T5_HF_ANCHOR, _VISION_ANCHOR, _VISION_HF_ANCHOR)
 
+_DIM_1_3B = 1536
 # Relatives that share Wan's names but need further modules.
 _RELATIVES = {
     "vace_": "Wan VACE", "control_adapter.": "Wan camera control", "ref_conv.": "Wan Fun-Control with reference",
@@ -93,7 +94,10 @@ def _variants(config: WanConfig) -> tuple[str, ...]:
     """The releases with these input channels; sizes do not decide, so that a small test model is one of them too."""
     inputs = (config.in_channels, config.out_channels, config.clip_dim is not None)
     if inputs == (16, 16, False):
-        return ("2.1-t2v-1.3B",) if config.dim <= 1536 else ("2.1-t2v-14B", "2.2-t2v-A14B-high", "2.2-t2v-A14B-low")
+        large = ("2.1-t2v-14B", "2.2-t2v-A14B-high", "2.2-t2v-A14B-low")
+        if config.dim == _DIM_1_3B:
+            return ("2.1-t2v-1.3B",)
+        return large if config.dim > _DIM_1_3B else ("2.1-t2v-1.3B", *large)
     if inputs == (36, 16, True):
         return ("2.1-flf2v-14B",) if config.clip_images > 1 else ("2.1-i2v-14B",)
     if inputs == (36, 16, False):

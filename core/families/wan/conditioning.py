@@ -83,14 +83,13 @@ def check_states(config: WanConfig, shapes: Mapping[str, Sequence[int]], size: V
         raise ValueError(
             f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
         )
-    if CLIP in shapes:
-        tokens = config.clip_images * CLIP_TOKENS if config.clip_dim else 0
-        if shapes[CLIP][0] != tokens:
-            images = f"those of {config.clip_images} image{'s' * (config.clip_images > 1)}" if tokens else "none"
-            raise ValueError(
-                f"the conditioning has CLIP features of {shapes[CLIP][0] // CLIP_TOKENS} image(s), and this model takes "
-                f"{images}."
-            )
+    takes = config.clip_images if config.clip_dim else 0
+    given = shapes[CLIP][0] // CLIP_TOKENS if CLIP in shapes else 0
+    if given != takes:
+        raise ValueError(
+            f"the conditioning has the CLIP features of {given} images, and this model takes those of {takes}: give the node that "
+            "encodes the images as many (ComfyUI's clip_vision_output, or our clip_vision)."
+        )
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_layout_and_prefix_do_not_matter(suffix, prefix, tmp_path):
     tensors = {prefix + name: value for name, value in weights.items()}
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     checkpoint, part = recognise(open_checkpoint(path))
-    assert part.variants == ("2.1-t2v-1.3B",)
+    assert part.variants[0] == "2.1-t2v-1.3B"
     torch.testing.assert_close(checkpoint.read("head.head.bias"), weights["head.head.bias"])
 
 

@@ -113,8 +113,9 @@ CONFIGS = {
     [("2.1", {}, "there is no start image"), ("2.2", {}, "there is no start image"),
      ("t2v", {IMAGE: (20, *LATENTS)}, "cannot use a start image"), ("t2v", {CLIP: (257, 1280)}, "cannot use a start image"),
      ("2.2", {IMAGE: (20, 4, 4, 6)}, "was encoded for 48x32, 13 frames, and the video is 48x32, 9 frames"),
-     ("2.2", {IMAGE: (20, *LATENTS), CLIP: (257, 1280)}, "1 image.*takes none"),
-     ("flf", {IMAGE: (20, *LATENTS), CLIP: (257, 1280)}, "1 image.*takes those of 2 images")],
+     ("2.2", {IMAGE: (20, *LATENTS), CLIP: (257, 1280)}, "of 1 images.*takes those of 0"),
+     ("flf", {IMAGE: (20, *LATENTS), CLIP: (257, 1280)}, "of 1 images.*takes those of 2"),
+     ("2.1", {IMAGE: (20, *LATENTS)}, "of 0 images.*takes those of 1")],
 )  # fmt: skip
 def test_states_that_the_transformer_cannot_take_are_refused(config, shapes, message):
     with pytest.raises(ValueError, match=message):
