@@ -170,6 +170,7 @@ class Family:
                     States per clip
     conditions      one States per sample -> keyword arguments of the transformer
     check_states    (config, name -> shape of States, latent size) raises ValueError when the transformer cannot take them
+    comfyui_latents name of ComfyUI's own description of these latents, by which it previews them while they are sampled
     to_comfyui      States -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
     image_options   the options alone, of States without a prompt
     from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
@@ -197,6 +198,7 @@ class Family:
     image_states: Callable[[VAE, VisionEncoder | None, ImageInput, Tensor, Tensor | None, int], list[States]]
     conditions: Callable[[Sequence[States]], dict[str, Tensor]]
     check_states: Callable[[Any, Mapping[str, Sequence[int]], VideoSize], None]
+    comfyui_latents: str
     to_comfyui: Callable[[States], tuple[Tensor, dict[str, Any]]]
     image_options: Callable[[States], dict[str, Any]]
     from_comfyui: Callable[[Tensor, Mapping[str, Any]], States]

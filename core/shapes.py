@@ -64,6 +64,13 @@ class LatentSpec:
                     f"use {lower} or {lower + self.multiple}."
                 )
 
+    def largest_within(self, pixels: VideoSize) -> VideoSize:
+        """The largest size that the model can take and that is not above `pixels`. ValueError where there is none."""
+        height, width = (side // self.multiple * self.multiple for side in pixels[1:])
+        size = VideoSize(self.frames_at_most(pixels.frames), height, width)
+        self.check(size)
+        return size
+
     def latents(self, pixels: VideoSize) -> VideoSize:
         """The latent size of a video of `pixels`."""
         self.check(pixels)

@@ -116,7 +116,7 @@ def render_clips(
         random = np.random.default_rng(zlib.crc32(f"{character} {index}".encode()))
         background = _choose(random, BACKGROUNDS)
         video = folder / f"{character}_{index:02d}.mp4"
-        _write_video(video, _draw(actor, background, random, frames, size), fps)
+        write_video(video, _draw(actor, background, random, frames, size), fps)
         caption = f"{character}, {actor.description}, {actor.motion.phrase} over a {background} background"
         video.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         videos.append(video)
@@ -183,7 +183,7 @@ def _cover(corners: int, reach: float, centre: np.ndarray, angle: float, size: t
     return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=float)[..., None] / 255
 
 
-def _write_video(path: Path, pixels: np.ndarray, fps: int) -> None:
+def write_video(path: Path, pixels: np.ndarray, fps: int) -> None:
     """pixels: (F, H, W, 3) uint8, even sides (yuv420p halves the colour planes)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})

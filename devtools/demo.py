@@ -50,6 +50,7 @@ def prepare_data(base: Path) -> None:
         (pictures / f"{seed}.txt").write_text(caption)
     for seed, name in enumerate(("start_image", "end_image")):
         Image.fromarray(clips.render_generic(seed, 1)[0][0]).save(base / "input" / f"{name}.png")
+    clips.write_video(base / "input" / "video.mp4", clips.render_generic(2, FRAMES + 2)[0], fps=16)
     for folder, (character, _) in PROMPTS.items():
         target = base / "input" / folder
         if not target.is_dir():

@@ -368,11 +368,112 @@ def wan_flf2v_sample() -> Graph:
     return _from_images("A video from a first to a last image", FLF2V, "video/flf2v", "start_image", "end_image")
 
 
+def _opened(graph: Graph) -> tuple[Node, Node, Node]:
+    """Model, VAE and text encoder of text-to-video."""
+    dit = graph.add(0, "VideoLoRALoadDiT", model=DIT, variant="auto")
+    return dit, graph.add(0, "VideoLoRALoadVAE", model=VAE), graph.add(0, "VideoLoRALoadT5", model=TEXT)
+
+
+def _prompts(graph: Graph, column: int, text: Node) -> dict[str, Out]:
+    return {
+        "positive": graph.add(column, "VideoLoRAEncodeText", "Prompt", text_encoder=text[0], prompt=PROMPT)[0],
+        "negative": graph.add(column, "VideoLoRAEncodeText", "Negative prompt", text_encoder=text[0], prompt=NEGATIVE)[
+            0
+        ],
+    }
+
+
+def _saved(graph: Graph, column: int, vae: Node, latent: Out, prefix: str) -> None:
+    frames = graph.add(column, "VideoLoRADecode", vae=vae[0], latent=latent)
+    video = graph.add(column, "CreateVideo", images=frames[0], fps=16.0)
+    graph.add(column, "SaveVideo", video=video[0], filename_prefix=prefix, format="auto", codec="auto")
+
+
+def wan_t2v_sample() -> Graph:
+    graph = Graph(f"""# A video from a prompt
+*Sampling Memory and Speed* holds the model in fp8 to fit a smaller card; with block_swap above 0 a part of it stays in main
+memory. The latents are kept with their prompt, seed and settings: `wan_decode_latents` decodes them again.
+
+{FILES}""")
+    dit, vae, text = _opened(graph)
+    held = graph.add(1, "VideoLoRASamplingMemory", dit=dit[0], precision="fp8_scaled", block_swap=0, attention="sdpa",
+                     compile=False)  # fmt: skip
+    schedule = graph.add(1, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc")
+    latent = graph.add(1, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)
+    sampled = graph.add(2, "VideoLoRASample", dit=held[0], **_prompts(graph, 1, text), latent=latent[0],
+                        schedule=schedule[0], guidance=0.0, seed=0)  # fmt: skip
+    kept = graph.add(2, "VideoLoRASaveLatents", latent=sampled[0], name="video")
+    _saved(graph, 2, vae, kept[0], "video/t2v")
+    return graph
+
+
+def wan_decode_latents() -> Graph:
+    graph = Graph(f"""# Decode saved latents
+Choose a file that *Save Video Latents* wrote. What it was sampled with is shown under the loader. *Tiles* need less memory.
+
+**Model files**
+- `models/vae/{VAE}`""")
+    vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
+    latent = graph.add(0, "VideoLoRALoadLatents", size=(_WIDTH, 300), file="video_00001.latent")
+    _saved(graph, 1, vae, latent[0], "video/decoded")
+    return graph
+
+
+def wan_t2i_sample() -> Graph:
+    graph = Graph(f"""# A picture with a video model
+A picture is a video of one frame.
+
+{FILES}""")
+    dit, vae, text = _opened(graph)
+    schedule = graph.add(1, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc")
+    latent = graph.add(1, "VideoLoRAEmptyLatent", dit=dit[0], width=1024, height=1024, frames=1, batch_size=1)
+    sampled = graph.add(2, "VideoLoRASample", dit=dit[0], **_prompts(graph, 1, text), latent=latent[0],
+                        schedule=schedule[0], guidance=0.0, seed=0)  # fmt: skip
+    frames = graph.add(2, "VideoLoRADecode", vae=vae[0], latent=sampled[0])
+    graph.add(2, "SaveImage", images=frames[0], filename_prefix="t2i")
+    return graph
+
+
+def wan_v2v_sample() -> Graph:
+    graph = Graph(f"""# A video from a video
+The strength says how much is made anew: 1 everything, 0 nothing; 0.5 to 0.8 keep the composition and the motion.
+
+{FILES}""")
+    dit, vae, text = _opened(graph)
+    video = graph.add(1, "LoadVideo", size=(_WIDTH, 330), file="video.mp4")
+    parts = graph.add(1, "GetVideoComponents", video=video[0])
+    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=parts[0])
+    schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc")
+    sampled = graph.add(3, "VideoLoRASample", dit=dit[0], **_prompts(graph, 2, text), latent=latent[0],
+                        schedule=schedule[0], guidance=0.0, seed=0, strength=0.7)  # fmt: skip
+    _saved(graph, 3, vae, sampled[0], "video/v2v")
+    return graph
+
+
+def wan_cfg_skip() -> Graph:
+    graph = Graph(f"""# What leaving out guidance costs and saves
+The same video three times: guidance in all steps, in the first half only, and in the middle half only. A step without
+guidance takes half the time.
+
+{FILES}""")
+    dit, vae, text = _opened(graph)
+    prompts = _prompts(graph, 1, text)
+    schedule = graph.add(1, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc")
+    latent = graph.add(1, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)
+    for column, mode in enumerate(("none", "late", "early_late"), start=2):
+        planned = graph.add(column, "VideoLoRACFGSkip", mode, schedule=schedule[0], ratio=0.5, mode=mode)
+        sampled = graph.add(column, "VideoLoRASample", dit=dit[0], **prompts, latent=latent[0], schedule=planned[0],
+                            guidance=0.0, seed=0)  # fmt: skip
+        _saved(graph, column, vae, sampled[0], f"video/cfg_{mode}")
+    return graph
+
+
 WORKFLOWS = {
     make.__name__: make
     for make in (
         wan_t2v_prepare_data, wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge, wan_i2v_train, wan_t2i_train,
-        wan22_train_experts, wan22_t2v_sample, wan_i2v_sample, wan_flf2v_sample,
+        wan22_train_experts, wan22_t2v_sample, wan_i2v_sample, wan_flf2v_sample, wan_t2v_sample, wan_t2i_sample,
+        wan_v2v_sample, wan_cfg_skip, wan_decode_latents,
     )
 }  # fmt: skip
 

@@ -5,12 +5,13 @@ from comfy_api.latest import ComfyExtension, io
 from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
+from .latents import Decode, EmptyLatent, EncodeVideo, LoadLatents, SaveLatents
 from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE, LoadWanExperts
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .planning import MemoryPlan
 from .previews import PreviewSettingsNode
 from .routes import add_routes
-from .sampling import CFGSkip, Decode, EmptyLatent, EncodeText, FlowSchedule, Sample
+from .sampling import CFGSkip, EncodeText, FlowSchedule, PromptList, Sample, SamplingMemory, SkipLayerGuidance
 from .settings import (
     MemorySettingsNode,
     NetworkSettingsNode,
@@ -29,7 +30,8 @@ NODES: list[type[io.ComfyNode]] = [
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
     MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
-    EncodeText, EncodeImage, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
+    EncodeText, PromptList, EncodeImage, EncodeVideo, EmptyLatent, FlowSchedule, CFGSkip, SkipLayerGuidance, SamplingMemory, Sample,
+    Decode, SaveLatents, LoadLatents,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip
 

@@ -53,6 +53,9 @@ Previews = io.Custom("VIDEOLORA_PREVIEWS")
 Stack = io.Custom("VIDEOLORA_LORAS")
 ScheduleType = io.Custom("VIDEOLORA_SCHEDULE")
 
+SAMPLED_WITH = "videolora_sampled_with"  # in a LATENT: texts that say what it was sampled from
+PROMPT = "videolora_prompt"  # in the options of a CONDITIONING
+
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 FP8_PRECISIONS = ("fp8", "fp8_scaled")  # of weights alone; they are restored to compute with
 FAST_FP8 = "fp8_fast"  # as fp8_scaled, and products are made in fp8 too
@@ -86,7 +89,9 @@ class Slot:
                              f"{device}: use a smaller model, or start ComfyUI without --novram.")  # fmt: skip
         return module
 
-    def stream(self, make: Callable[[], torch.nn.Module], blocks: Sequence[str], count: int, memory: int) -> torch.nn.Module:
+    def stream(
+        self, make: Callable[[], torch.nn.Module], blocks: Sequence[str], count: int, memory: int
+    ) -> torch.nn.Module:
         """The module, made if it is not there, on the compute device but for `count` of its `blocks`, which stay in main
         memory and visit it (see `streaming.py`), until `rest`."""
         device = mm.get_torch_device()
@@ -241,6 +246,11 @@ class DiTFile(ModelFile):
         return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=tuple(inventory(family, shapes)))
 
     @property
+    def is_set_up(self) -> bool:
+        """Whether it was said how it is to be run."""
+        return (self.precision, self.running) != ("auto", Running())
+
+    @property
     def experts(self) -> tuple[DiTFile, ...]:
         """The model itself, or both experts of a pair, each without the other."""
         return (self,) if self.low is None else (replace(self, low=None), self.low)
@@ -262,7 +272,13 @@ class DiTFile(ModelFile):
         device = mm.get_torch_device()
         if precision == FAST_FP8:
             check_fast(device)
-        changed = replace(self, precision=precision, running=running, slot=Slot(), low=self.low and self.low.run_as(precision, running))
+        changed = replace(
+            self,
+            precision=precision,
+            running=running,
+            slot=Slot(),
+            low=self.low and self.low.run_as(precision, running),
+        )
         load_backend(running.attention, device, changed.dtype, training=False)
         streamed_blocks(running.block_swap, len(blocks_of(self.matrices)))
         return changed

@@ -9,7 +9,10 @@ import folder_paths
 
 from ..core.data.config import CACHE_FOLDER
 from ..core.io.files import inside
+from ..core.io.latents import SUFFIX
 from ..core.weights import SUFFIXES, shards
+
+_FROM_INPUT = " [input]"
 
 
 def model_files(folder: str) -> list[str]:
@@ -69,6 +72,25 @@ def checked_output(kind: str, name: str | None) -> bool | str:
         return name is None or bool(output_file(kind, name))
     except ValueError as error:
         return str(error)
+
+
+def latent_files() -> list[str]:
+    """Saved latents in ComfyUI's output/latents, and in its input folder as `name [input]`."""
+    roots = ((output_folder("latents"), ""), (Path(folder_paths.get_input_directory()), _FROM_INPUT))
+    return [
+        f"{path.relative_to(root).as_posix()}{note}"
+        for root, note in roots
+        for path in sorted(root.glob(f"**/*{SUFFIX}"))
+    ]
+
+
+def latent_path(name: str) -> Path:
+    """The path of a listed file of latents; ValueError when it is not there."""
+    root = Path(folder_paths.get_input_directory()) if name.endswith(_FROM_INPUT) else output_folder("latents")
+    path = inside(root, name.removesuffix(_FROM_INPUT))
+    if path.suffix != SUFFIX or not path.is_file():
+        raise ValueError(f"'{name}' is no file of latents in {root}.")
+    return path
 
 
 def runs_folder() -> Path:

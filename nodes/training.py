@@ -109,6 +109,9 @@ class Train(io.ComfyNode):
         optimizer.check(steps)
         settings.get("watch", WatchSettings()).check_installed()
         gpus.check(settings.get("gpus", 1))
+        if dit.is_set_up:
+            raise ValueError("Sampling Memory and Speed is linked to a training, which does not heed it: link the loader itself, and "
+                             "Memory Settings to the training.")  # fmt: skip
         if any(expert.loras for expert in dit.experts):
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."

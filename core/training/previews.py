@@ -20,7 +20,7 @@ from ..data import cache_files
 from ..devices import compute_dtype, free_memory, release_memory
 from ..families import open_part
 from ..family import VAE, Family
-from ..io import safetensors
+from ..io import latents as latent_files
 from ..io.video import write_picture, write_video
 from ..modules.tiling import TiledVAE
 from ..sampling.experts import ExpertPair
@@ -36,7 +36,6 @@ from .team import ALONE, Team
 
 log = logging.getLogger("videolora.training")
 _VIDEO, _PICTURE = PREVIEW_SUFFIXES
-_LATENT = ".latent"  # as ComfyUI's own Load Latent opens them
 
 
 class _Stopped(Exception):
@@ -73,7 +72,7 @@ class Previews:
             self.run.note(f"{what} failed: {type(error).__name__}: {error}")
 
     def _latents(self, step: int, number: int) -> Path:
-        return self.run.preview_path(step, number, _LATENT)
+        return self.run.preview_path(step, number, latent_files.SUFFIX)
 
     def _shown(self, step: int, number: int, preview: Preview) -> Path:
         return self.run.preview_path(step, number, _PICTURE if preview.frames == 1 else _VIDEO)
@@ -104,8 +103,7 @@ class Previews:
         latents = self.family.latent.from_model(sampled.cpu())
         if not torch.isfinite(latents).all():
             raise ValueError("the latents are not finite.")
-        tensors = {"latent_tensor": latents.contiguous(), "latent_format_version_0": torch.tensor([])}
-        safetensors.save(path, tensors, {"prompt": preview.prompt, "seed": str(preview.seed)})
+        latent_files.save(path, latents, {"prompt": preview.prompt, "seed": str(preview.seed)})
 
     def _decode_all(self, step: int) -> None:
         waiting = [
@@ -119,7 +117,7 @@ class Previews:
             vae, device = self._load_vae([preview for _, preview in waiting])
             for number, preview in waiting:
                 with self._attempt(f"decoding preview {number} of step {step}"):
-                    latents = safetensors.load(self._latents(step, number))[0]["latent_tensor"]
+                    latents, _ = latent_files.load(self._latents(step, number))
                     self._write(self._shown(step, number, preview), self._frames(vae, latents.to(device)))
 
     def _load_vae(self, previews: Sequence[Preview]) -> tuple[VAE, torch.device]:

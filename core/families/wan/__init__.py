@@ -39,6 +39,7 @@ FAMILY = Family(
     image_states=conditioning.image_states,
     conditions=conditioning.conditions,
     check_states=conditioning.check_states,
+    comfyui_latents="Wan21",
     to_comfyui=conditioning.to_comfyui,
     image_options=conditioning.image_options,
     from_comfyui=conditioning.from_comfyui,
