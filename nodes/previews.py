@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.data import cache_files
+from ..core.io.files import digest
 from ..core.shapes import VideoSize
 from ..core.training.prompts import Preview, PreviewSettings, Prompt, encode_prompts, parse_lines, read_prompts
 from . import handles, paths
+from .images import encoded
 
 CATEGORY = "VideoLoRA/training"
 _MOST_PROMPTS = 32
@@ -52,6 +57,9 @@ class PreviewSettingsNode(io.ComfyNode):
                 io.String.Input("file", default="", optional=True, advanced=True,
                                 tooltip="A file of more prompts (.txt, .toml or .json), below ComfyUI's input folder or a data set "
                                 "folder."),
+                io.Image.Input("start_image", optional=True, tooltip="What the previews of an image-to-video model begin with."),
+                io.Image.Input("end_image", optional=True, tooltip="What those of a first-last-frame model end with."),
+                handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 image-to-video."),
             ],
             outputs=[handles.Previews.Output("previews", display_name="previews")],
         )  # fmt: skip
@@ -73,8 +81,8 @@ class PreviewSettingsNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, text_encoder: handles.TextEncoderFile, prompts: str, every_steps: int,
-                every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "",
-                **defaults: Any) -> io.NodeOutput:  # fmt: skip
+                every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "", start_image=None,
+                end_image=None, clip_vision: handles.VisionEncoderFile | None = None, **defaults: Any) -> io.NodeOutput:  # fmt: skip
         for part in (text_encoder, vae):
             if part is not None and part.family.name != dit.family.name:
                 raise ValueError(f"{part.path.name} is for {part.family.title}, and the model is {dit.family.title}.")
@@ -82,6 +90,8 @@ class PreviewSettingsNode(io.ComfyNode):
         if not 0 < len(given) <= _MOST_PROMPTS:
             raise ValueError(f"there are {len(given)} prompts for previews: give 1 to {_MOST_PROMPTS}.")
         previews = _previews([prompt.filled(_defaults(dit, **defaults)) for prompt in given], dit, text_encoder)
+        if start_image is not None or dit.variant.images:
+            previews = tuple(_with_images(one, dit, vae, start_image, end_image, clip_vision) for one in previews)
         return io.NodeOutput(PreviewSettings(
             prompts=previews, every_steps=every_steps, every_epochs=every_epochs, at_start=at_start,
             vae=str(vae.path) if vae else "", tile_size=vae.tile_size if vae else 0,
@@ -116,6 +126,26 @@ def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.Text
         )
         for one in prompts
     )  # fmt: skip
+
+
+def _with_images(preview: Preview, dit: handles.DiTFile, vae: handles.VAEFile | None, start_image, end_image,
+                 clip_vision: handles.VisionEncoderFile | None) -> Preview:  # fmt: skip
+    """The preview of an image-to-video model, with what it is told of its images in a file."""
+    if start_image is None or vae is None:
+        raise ValueError(f"previews of {dit.variant.title} begin with an image: link a start image and the VAE.")
+    size = VideoSize(preview.frames, preview.height, preview.width)
+    pictures = [
+        None if one is None else hashlib.sha256(one.cpu().numpy().tobytes()).hexdigest()
+        for one in (start_image, end_image)
+    ]
+    name = digest([size, vae.identity, clip_vision and clip_vision.identity, pictures])
+    path = paths.prompts_folder() / f"{name}.safetensors"
+    if not cache_files.is_current(path, name):
+        told = encoded(dit, vae, size, start_image, end_image, clip_vision)
+        shapes = {key: value.shape for key, value in told.items()}
+        dit.family.check_states(dit.part.config, shapes, dit.family.latent.latents(size))
+        cache_files.save_text(path, told, "", dit.family, name)
+    return replace(preview, images=str(path))
 
 
 def _negative(prompt: Prompt) -> list[str]:

@@ -54,8 +54,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A prompt ready to be sampled: `states` and `negative_states` are files of encoded text; no negative one, no
-    guidance."""
+    """A prompt ready to be sampled: `states` and `negative_states` are files of encoded text, no negative one, no guidance;
+    `images` is a file of image states, for an image-to-video model."""
 
     prompt: str
     states: str
@@ -67,6 +67,7 @@ class Preview:
     steps: int
     guidance: float
     shift: float
+    images: str = ""
 
     def __post_init__(self) -> None:
         Schedule(steps=self.steps, shift=self.shift)  # checks both
