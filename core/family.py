@@ -158,7 +158,8 @@ class Family:
     blocks          transformer blocks in canonical order, for LORAID and adapters
     recognise       (tensor name -> shape) -> Part or None; ValueError for a model that is known but not supported
     anchors         names one of which every checkpoint of the family holds, to find the file's prefix
-    build_dit       config -> transformer; called as dit(latents, time, **conditions), its `run_block` is a BlockRunner
+    build_dit       config -> transformer; called as dit(latents, time, skip_layers=numbers of blocks, **conditions), its
+                    `run_block` is a BlockRunner
     build_vae       config -> VAE
     vae_elements    values the VAE holds at a time per pixel of a frame, to ask for enough memory
     load_tokenizer  checkpoint of a text encoder -> Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,9 +23,13 @@ from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant, VisionE
 from ..core.io.files import digest, fingerprint
 from ..core.io.safetensors import read_header
 from ..core.lora.adapter import attached
-from ..core.lora.inventory import Matrix, inventory
+from ..core.lora.inventory import Matrix, blocks_of, inventory
 from ..core.lora.stack import LoadedLoRA, StackEntry, adapters, load_stack
-from ..core.modules.quantized import STORINGS
+from ..core.modules.attention import load_backend, use_attention
+from ..core.modules.compiling import compile_blocks
+from ..core.modules.layers import use_fast_products
+from ..core.modules.quantized import STORINGS, check_fast, stored_weights
+from ..core.modules.streaming import BlockStream, move_resident, streamed_blocks
 from ..core.modules.tiling import TiledVAE
 from ..core.sampling.experts import ExpertPair
 from ..core.shapes import VideoSize
@@ -51,6 +55,7 @@ ScheduleType = io.Custom("VIDEOLORA_SCHEDULE")
 
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 FP8_PRECISIONS = ("fp8", "fp8_scaled")  # of weights alone; they are restored to compute with
+FAST_FP8 = "fp8_fast"  # as fp8_scaled, and products are made in fp8 too
 _BYTES_PER_ACTIVATION = 24  # of a token's width: residual, query, key, value, attention output and their copies
 
 
@@ -62,6 +67,7 @@ class Slot:
     def __init__(self) -> None:
         self.patcher: ModelPatcher | None = None
         self.encoder: TextEncoder | VisionEncoder | None = None
+        self.streamed: torch.nn.Module | None = None
         self._all.add(self)
 
     def on_device(
@@ -80,9 +86,35 @@ class Slot:
                              f"{device}: use a smaller model, or start ComfyUI without --novram.")  # fmt: skip
         return module
 
+    def stream(self, make: Callable[[], torch.nn.Module], blocks: Sequence[str], count: int, memory: int) -> torch.nn.Module:
+        """The module, made if it is not there, on the compute device but for `count` of its `blocks`, which stay in main
+        memory and visit it (see `streaming.py`), until `rest`."""
+        device = mm.get_torch_device()
+        if self.streamed is None:
+            module = make()
+            paths = [module.get_submodule(path) for path in blocks]
+            module.run_block.stream = BlockStream(paths, streamed_blocks(count, len(blocks)), device)
+            self.streamed = module
+        stream = self.streamed.run_block.stream
+        resident = sum(value.nbytes for value in self.streamed.parameters() if not stream.streams(value))
+        mm.free_memory(resident + stream.buffers_bytes + memory, device)
+        move_resident(self.streamed, stream, device)
+        return self.streamed
+
+    def rest(self) -> None:
+        """Take what is streamed from the device; ComfyUI does so with other models by itself."""
+        if self.streamed is not None:
+            stream = self.streamed.run_block.stream
+            stream.rest()
+            move_resident(self.streamed, stream, "cpu")
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.patcher is not None or self.streamed is not None
+
     def release(self) -> None:
         """Give back the memory of this model; it is read again when it is needed again."""
-        self.patcher = self.encoder = None
+        self.patcher = self.encoder = self.streamed = None
         gc.collect()
         mm.cleanup_models()
         mm.soft_empty_cache()
@@ -91,7 +123,7 @@ class Slot:
     def release_all(cls) -> None:
         """Give back all memory of loaded models; they are read again when they are needed again."""
         for slot in cls._all:
-            slot.patcher = slot.encoder = None
+            slot.patcher = slot.encoder = slot.streamed = None
         mm.unload_all_models()
         gc.collect()
         mm.soft_empty_cache()
@@ -112,7 +144,7 @@ class ModelFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        if self.precision in ("auto", *FP8_PRECISIONS):
+        if self.precision in ("auto", FAST_FP8, *FP8_PRECISIONS):
             return compute_dtype(mm.get_torch_device())
         return getattr(torch, self.precision)
 
@@ -172,11 +204,21 @@ class VisionEncoderFile(ModelFile):
         return self.slot.encoder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a transformer is run: `block_swap` of its blocks are streamed from main memory."""
+
+    block_swap: int = 0
+    attention: str = "sdpa"
+    compile: bool = False
+
+
 @dataclass(frozen=True)
 class DiTFile(ModelFile):
     """A transformer, and the LoRAs that are applied when it is used. One that is the high-noise expert of a pair has the
     other as `low`, and is used from sigma `boundary` on."""
 
+    running: Running = Running()
     variant: Variant = None
     prefix: str = ""
     matrices: tuple[Matrix, ...] = ()
@@ -214,6 +256,17 @@ class DiTFile(ModelFile):
                              f"{self.part.title} and {low.part.title}.")  # fmt: skip
         return replace(self, low=low, boundary=boundary or self.variant.boundary)
 
+    def run_as(self, precision: str, running: Running) -> DiTFile:
+        """The same, to be sampled with another precision and otherwise; both experts of a pair. ValueError when it cannot
+        work here."""
+        device = mm.get_torch_device()
+        if precision == FAST_FP8:
+            check_fast(device)
+        changed = replace(self, precision=precision, running=running, slot=Slot(), low=self.low and self.low.run_as(precision, running))
+        load_backend(running.attention, device, changed.dtype, training=False)
+        streamed_blocks(running.block_swap, len(blocks_of(self.matrices)))
+        return changed
+
     def with_loras(self, loras: tuple[StackEntry, ...], allow_overlap: bool) -> DiTFile:
         """With these LoRAs too; of a pair, each expert with those that were not made for the other."""
         if self.low is not None:
@@ -241,9 +294,10 @@ class DiTFile(ModelFile):
                     using.clear()
                     file, loras = files[name]
                     for other, _ in files.values():
-                        if other is not file and other.slot.patcher is not None and not file.fits_beside():
+                        if other is not file and other.slot.is_loaded and not file.fits_beside():
                             other.slot.release()
                     model = file.load(latents)
+                    stack.callback(file.slot.rest)
                     stack.enter_context(attached(model, adapters(loras, mm.get_torch_device(), file.dtype)))
                     using[name] = model
                 return using[name]
@@ -253,13 +307,34 @@ class DiTFile(ModelFile):
     def fits_beside(self) -> bool:
         """Whether the host's memory has room for its weights beside what is there, or they are there already."""
         size = sum(path.stat().st_size for path in shards(self.path))
-        return self.slot.patcher is not None or size < free_memory(torch.device("cpu"))
+        return self.slot.is_loaded or size < free_memory(torch.device("cpu"))
 
     def load(self, latents: torch.Tensor) -> torch.nn.Module:
         """The transformer on the compute device, without its LoRAs, for latents of this shape."""
         tokens = self.family.latent.tokens(VideoSize(*latents.shape[2:])) * len(latents)
         memory = tokens * self.part.width * _BYTES_PER_ACTIVATION
-        return self.slot.on_device(lambda: self._module("dit", self.family.build_dit), memory)
+        if self.running.block_swap:
+            return self.slot.stream(self._transformer, blocks_of(self.matrices), self.running.block_swap, memory)
+        return self.slot.on_device(self._transformer, memory)
+
+    def _transformer(self) -> torch.nn.Module:
+        """The weights, read into a transformer on the CPU that runs as it is set to."""
+        checkpoint, part = open_part(self.path, "dit")
+        with torch.device("meta"):
+            dit = self.family.build_dit(part.config)
+        names = [f"{matrix.name}.weight" for matrix in self.matrices]
+        fast = self.precision == FAST_FP8
+        stored = {}
+        if self.precision in ("auto", FAST_FP8, *FP8_PRECISIONS):
+            stored = stored_weights("fp8_scaled" if fast else self.precision, names, checkpoint.dtypes(part.keymap))
+        load_into(dit, checkpoint, part.keymap, self.dtype, stored=stored)
+        if fast:
+            use_fast_products(dit)
+        device, running = mm.get_torch_device(), self.running
+        use_attention(dit, load_backend(running.attention, device, self.dtype, training=False))
+        if running.compile:
+            compile_blocks([dit.get_submodule(path) for path in blocks_of(self.matrices)], device)
+        return dit
 
     def load_stack(self) -> list[LoadedLoRA]:
         """The LoRAs, read and checked."""

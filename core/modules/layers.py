@@ -8,26 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantized import frozen_linear
+from .quantized import can_be_fast, fast_linear, frozen_linear
 
 
 class Linear(nn.Linear):
     """A linear layer with room for one adapter, which adds its share to the output.
 
-    A frozen weight may be stored in fewer bits (see `quantized.py`); `weight_scale` is its factor, if it has one.
+    A frozen weight may be stored in fewer bits (see `quantized.py`); `weight_scale` is its factor, if it has one. `fast`
+    products are made in fp8 themselves.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.register_buffer("weight_scale", None)
         self.adapter: nn.Module | None = None
+        self.fast = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad:
             y = F.linear(x, self.weight, self.bias)
+        elif self.fast:
+            y = fast_linear(x, self.weight, self.weight_scale, self.bias)
         else:
             y = frozen_linear(x, self.weight, self.weight_scale, self.bias)
         return y if self.adapter is None else self.adapter(x, y)
+
+
+def use_fast_products(model: nn.Module) -> None:
+    """Let all linear layers with fp8 weights that can work so do it."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.fast = can_be_fast(module.weight)
 
 
 class RMSNorm(nn.Module):

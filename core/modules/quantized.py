@@ -6,7 +6,7 @@ two: autograd would keep the restored copy of every matrix, and the gain would b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -65,6 +65,14 @@ def to_half(stored: Stored) -> Stored:
 STORINGS: dict[str, Storing] = {"fp8": to_fp8, "fp8_scaled": to_scaled_fp8, "float16": to_half}
 
 
+def stored_weights(precision: str, names: Iterable[str], dtypes: Mapping[str, torch.dtype]) -> dict[str, Storing]:
+    """The weights of these names that are not kept in the dtype of the computation, as `load_into` takes them: of precision
+    "auto" those that are in fp8 in the file. `dtypes` are those of the file."""
+    if precision == "auto":
+        return {name: STORINGS["fp8"] for name in names if dtypes[name] in FP8}
+    return dict.fromkeys(names, STORINGS[precision]) if precision in STORINGS else {}
+
+
 class _FrozenLinear(torch.autograd.Function):
     """x W^T + b for x (tokens, columns). Keeps the stored weight only, which may be moved to and fro meanwhile."""
 
@@ -82,6 +90,32 @@ def frozen_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
     """x (..., columns) -> (..., rows) in the dtype of x, for a stored weight that gets no gradient."""
     # Flat, so that the output is no view made inside of the function: adapters may write to it.
     return _FrozenLinear.apply(x.flatten(0, -2), weight, scale, bias).unflatten(0, x.shape[:-1])
+
+
+def fast_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x (..., columns) -> (..., rows) as a product of two fp8 matrices, x rounded with one factor for all of it
+    (arXiv 2209.05433); about twice as fast as in 16 bits where the hardware has such products. No gradients."""
+    flat = x.flatten(0, -2)
+    factor = flat.abs().amax().float().div_(_LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = flat.div(factor).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    y = torch._scaled_mm(rounded, weight.t(), factor, torch.ones_like(factor), out_dtype=x.dtype)
+    if scale is not None:
+        y.mul_(scale.reshape(-1).to(x.dtype))
+    return (y if bias is None else y.add_(bias)).unflatten(0, x.shape[:-1])
+
+
+def can_be_fast(weight: Tensor) -> bool:
+    """Whether `fast_linear` can work with the weight."""
+    return weight.dtype in FP8 and all(side % 16 == 0 for side in weight.shape)
+
+
+def check_fast(device: torch.device) -> None:
+    """Raise ValueError unless the device has products of fp8 matrices."""
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f"fp8_fast needs a card with fp8 units (RTX 40 series or newer), and this is {torch.cuda.get_device_name(device)}: "
+                         "use fp8_scaled.")  # fmt: skip
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"fp8_fast cannot work on {device.type}: use fp8_scaled, or bfloat16.")
 
 
 class _RestoringLinear(nn.Module):

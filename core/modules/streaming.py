@@ -69,9 +69,7 @@ class BlockStream:
         self.numbers = {blocks[number]: index for index, number in enumerate(numbers)}
         self.weights = [[weight for _, weight in streamed_weights(blocks[number])] for number in numbers]
         self.masters = [_flattened(weights, device) for weights in self.weights]
-        largest = max((len(master) for master in self.masters), default=0)
-        count = min(_BUFFERS, len(self.masters))
-        self.buffers = [_Buffer(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(count)]
+        self.buffers: list[_Buffer] = []
         self.follower: dict[tuple[int, int], int] = {}
         self.recent = (-1, -1)
 
@@ -80,6 +78,8 @@ class BlockStream:
         index = self.numbers.get(block)
         if index is None or index == self.recent[1]:
             return
+        if not self.buffers:
+            self._make_buffers()
         before, current = self.recent
         self.follower[before, current] = index
         self.recent = current, index
@@ -90,13 +90,32 @@ class BlockStream:
         if following in range(len(self.weights)) and following != index:
             self._holding(following)
 
-    def close(self) -> None:
-        """Leave the weights on the host."""
+    def rest(self) -> None:
+        """Leave the weights on the host and give the device buffers back, until the next `fetch`."""
         self.side.finish()
         for buffer in self.buffers:
             self._evict(buffer)
         self.buffers.clear()
+        self.recent = (-1, -1)
+
+    def close(self) -> None:
+        """Leave the weights on the host for good."""
+        self.rest()
         self.numbers.clear()
+
+    @property
+    def buffers_bytes(self) -> int:
+        """What the device buffers take."""
+        return buffers_bytes([len(master) for master in self.masters])
+
+    def streams(self, weight: nn.Parameter) -> bool:
+        return any(weight is one for weights in self.weights for one in weights)
+
+    @torch.inference_mode(False)
+    def _make_buffers(self) -> None:
+        largest = max(len(master) for master in self.masters)
+        for _ in range(self.buffers_bytes // largest):
+            self.buffers.append(_Buffer(torch.empty(largest, dtype=torch.uint8, device=self.side.device)))
 
     def _holding(self, index: int) -> _Buffer:
         """The buffer that holds the block, or is being filled with it: not the one that is computed with."""
@@ -117,6 +136,13 @@ class BlockStream:
         if buffer.tenant is not None:
             _point(self.weights[buffer.tenant], self.masters[buffer.tenant])
             buffer.tenant = None
+
+
+def move_resident(model: nn.Module, stream: BlockStream, device: torch.device | str) -> None:
+    """Move all of the model to the device but the weights that are streamed."""
+    for value in (*model.parameters(), *model.buffers()):
+        if not stream.streams(value):
+            value.data = value.data.to(device)
 
 
 def _flattened(weights: Sequence[nn.Parameter], device: torch.device) -> Tensor:

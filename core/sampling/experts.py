@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +31,6 @@ class ExpertPair:
     def guidance_at(self, sigma: float) -> float:
         return self.guidance[self._expert_at(model_time(sigma))]
 
-    def __call__(self, latents: Tensor, time: Tensor, **conditions: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, time: Tensor, **conditions: Any) -> Tensor:
         """As a transformer; all samples are at one time, that of the first."""
         return self.use(self._expert_at(float(time[0])))(latents, time, **conditions)

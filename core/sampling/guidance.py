@@ -1,15 +1,49 @@
-"""Classifier-free guidance (arXiv 2207.12598), and in which steps it is left out to save time."""
+"""Classifier-free guidance (arXiv 2207.12598), in which steps it is left out to save time, and skip-layer guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..checks import require
+
+SKIP_LAYER_MODES = ("uncond", "original")
 CFG_SKIP_MODES = ("none", "early", "late", "middle", "early_late", "alternate")
 
-Velocity = Callable[[Tensor, float], Tensor]
-"""(latents, sigma) -> velocity."""
+Velocity = Callable[..., Tensor]
+"""(latents, time, numbers of the blocks that are left out = ()) -> velocity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipLayers:
+    """Skip-layer guidance, as published with Stable Diffusion 3.5: leads away from what the model makes without some of its
+    blocks.
+
+    layers      numbers of the blocks that are left out, from 0
+    mode        uncond: the pass with the negative prompt is made without them, two passes in all; original: a third pass,
+                with the negative prompt and without them, from which `scale` leads away too
+    start, end  share of the steps from which on and up to which it works, where guidance does
+    """
+
+    layers: tuple[int, ...]
+    mode: str = "uncond"
+    scale: float = 3.0
+    start: float = 0.0
+    end: float = 0.3
+
+    def __post_init__(self) -> None:
+        require(bool(self.layers), "no layers are given to leave out: name some, as in 9,10.")
+        require(min(self.layers) >= 0, f"layer {min(self.layers)}: layers are numbered from 0.")
+        modes = ", ".join(SKIP_LAYER_MODES)
+        require(self.mode in SKIP_LAYER_MODES, f"skip-layer mode '{self.mode}' is unknown: use one of {modes}.")
+        require(
+            0 <= self.start < self.end <= 1, f"start is {self.start} and end {self.end}: use 0 <= start < end <= 1."
+        )
+
+    def works_in(self, step: int, steps: int) -> bool:
+        return int(self.start * steps) <= step < int(self.end * steps)
 
 
 def cfg_plan(mode: str, steps: int, ratio: float) -> str:
@@ -47,13 +81,18 @@ def _alternate(steps: int, ratio: float) -> str:
     return plan
 
 
-def guided(positive: Velocity, negative: Velocity | None, scale: float) -> Velocity:
-    """v = v_neg + scale * (v_pos - v_neg); one pass when there is nothing to guide away from."""
+def guided(positive: Velocity, negative: Velocity | None, scale: float, skip: SkipLayers | None = None) -> Velocity:
+    """v = v_neg + scale * (v_pos - v_neg); one pass when there is nothing to guide away from. `skip` changes v_neg, or adds
+    skip.scale * (v_pos - v_without)."""
     if negative is None or scale == 1:
         return positive
 
-    def velocity(latents: Tensor, sigma: float) -> Tensor:
-        away = negative(latents, sigma)
-        return away + scale * (positive(latents, sigma) - away)
+    def velocity(latents: Tensor, time: float) -> Tensor:
+        away = negative(latents, time, skip.layers if skip and skip.mode == "uncond" else ())
+        toward = positive(latents, time)
+        result = away + scale * (toward - away)
+        if skip and skip.mode == "original":
+            result = result + skip.scale * (toward - negative(latents, time, skip.layers))
+        return result
 
     return velocity

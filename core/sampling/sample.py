@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..family import VAE, Family, TextStates
-from ..flow import model_time, noised
+from ..family import VAE, Family, States
+from ..flow import noised
 from ..shapes import VideoSize
 from .guidance import Velocity, guided
 from .schedule import Schedule
-from .solvers import SOLVERS
+from .solvers import SOLVERS, Reached
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -24,35 +24,44 @@ def sample(
     dit: nn.Module,
     family: Family,
     latents: Tensor,
-    positive: TextStates,
-    negative: TextStates | None,
+    positive: States,
+    negative: States | None,
     schedule: Schedule,
     guidance: float | Callable[[float], float],
     seed: int,
     device: torch.device,
-) -> Iterator[Tensor]:
+    strength: float = 1.0,
+) -> Iterator[Reached]:
     """Sample from noise; yields latents (B, C, F, H, W) in model space after each step, float32.
 
-    `latents` give the size, in model space; at the first sigma, which is 1, nothing of them is left. `dit` has its
-    adapters attached, or is an ExpertPair; `guidance` is one for all steps, or a function of sigma.
+    Of `latents`, in model space, a `strength` of 1 takes nothing but the size. Below 1 they are noised as far as the last
+    part of the steps needs that is as large as the strength, and only these are made; none of them is left at 0. `dit` has
+    its adapters attached, or is an ExpertPair; `guidance` is one for all steps, or a function of sigma.
     """
-    x = noised(latents.cpu(), seeded_noise(tuple(latents.shape), seed), schedule.sigmas[:1]).to(device)
+    first = schedule.steps - int(schedule.steps * strength)
+    sigmas, times = schedule.sigmas[first:], schedule.times.tolist()
+    noise = seeded_noise(tuple(latents.shape), seed)
+    x = (noise if first == 0 else noised(latents.cpu(), noise, sigmas[:1])).to(device)
     plain = _velocity(dit, family, positive, x)
     away = _velocity(dit, family, negative, x) if negative is not None else None
     scale = guidance if callable(guidance) else lambda sigma: guidance
 
     @torch.no_grad()  # not inference mode: a training goes on with what is gathered or streamed here
     def velocity(x: Tensor, sigma: float, index: int) -> Tensor:
-        return (guided(plain, away, scale(sigma)) if schedule.plan[index] == "A" else plain)(x, sigma)
+        step = first + index
+        skip = schedule.skip_layers
+        skip = skip if skip and skip.works_in(step, schedule.steps) else None
+        with_guidance = guided(plain, away, scale(times[step] / 1000), skip)
+        return (with_guidance if schedule.plan[step] == "A" else plain)(x, times[step])
 
-    yield from SOLVERS[schedule.solver](velocity, x, schedule.sigmas)
+    yield from SOLVERS[schedule.solver].steps(velocity, x, sigmas)
 
 
-def _velocity(dit: nn.Module, family: Family, states: TextStates, like: Tensor) -> Velocity:
+def _velocity(dit: nn.Module, family: Family, states: States, like: Tensor) -> Velocity:
     conditions = {name: value.to(like.device) for name, value in family.conditions([states] * len(like)).items()}
 
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        return dit(x, model_time(torch.full((len(x),), sigma, device=x.device)), **conditions)
+    def velocity(x: Tensor, time: float, left_out: Collection[int] = ()) -> Tensor:
+        return dit(x, torch.full((len(x),), time, device=x.device), skip_layers=left_out, **conditions)
 
     return velocity
 

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flow import shifted
-from .guidance import cfg_plan
+from ..flow import model_time, shifted
+from .guidance import SkipLayers, cfg_plan
 from .solvers import SOLVERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Steps, flow shift, solver, and in which steps guidance is applied."""
+    """Steps, flow shift, solver, in which steps guidance is applied, and skip-layer guidance."""
 
     steps: int
     shift: float
     solver: str = "euler"
     cfg_skip: str = "none"
     cfg_ratio: float = 1.0
+    skip_layers: SkipLayers | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -33,8 +34,22 @@ class Schedule:
 
     @property
     def sigmas(self) -> Tensor:
-        """(steps + 1,) float32, from exactly 1 to exactly 0."""
-        return shifted(torch.linspace(1, 0, self.steps + 1), self.shift)
+        """(steps + 1,) float32, from the solver's first, which is 1 or next to it, to exactly 0."""
+        return self._levels.float()
+
+    @property
+    def times(self) -> Tensor:
+        """(steps,) float32: what the model is told in each step."""
+        times = model_time(self._levels[:-1])
+        return (times.floor() if SOLVERS[self.solver].whole_times else times).float()
+
+    @property
+    def _levels(self) -> Tensor:
+        """The sigmas in float64, in which times are rounded."""
+        first = SOLVERS[self.solver].first
+        even = first - torch.arange(self.steps + 1, dtype=torch.float64) * (first / self.steps)
+        even[-1] = 0
+        return shifted(even, self.shift)
 
     @property
     def plan(self) -> str:

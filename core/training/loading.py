@@ -20,6 +20,7 @@ from ..lora.inventory import Matrix, blocks_of
 from ..modules.attention import load_backend, use_attention
 from ..modules.compiling import compile_blocks
 from ..modules.offloading import Offload
+from ..modules.quantized import stored_weights
 from ..modules.sharding import shard
 from ..modules.streaming import BlockStream, streamed_blocks
 from ..weights import Checkpoint, load_into
@@ -73,7 +74,9 @@ def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[
     begin = time.perf_counter()
     with torch.device("meta"):
         dit = family.build_dit(part.config)
-    stored = planner.stored_weights(memory.precision, matrices, checkpoint.dtypes(part.keymap))
+    stored = stored_weights(
+        memory.precision, (f"{matrix.name}.weight" for matrix in matrices), checkpoint.dtypes(part.keymap)
+    )
     modules = [dit.get_submodule(path) for path in blocks]
     kept = {"kept": shard(dit, modules, team.mesh(device))} if memory.shard else {}
     load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored, **kept)

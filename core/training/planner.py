@@ -35,7 +35,7 @@ from ..lora.loraid import Rows
 from ..lora.network import NetworkSettings, make_adapters
 from ..modules.attention import use_attention
 from ..modules.layers import RMSNorm
-from ..modules.quantized import FP8, STORINGS, Stored, Storing
+from ..modules.quantized import FP8, Stored, stored_weights
 from ..modules.sharding import sharded_bytes
 from ..modules.streaming import block_bytes, buffers_bytes, streamed_blocks
 from . import loop
@@ -105,14 +105,6 @@ def describe(settings: MemorySettings) -> str:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What activations and all that is no matrix of a block are computed in."""
     return getattr(torch, precision) if precision in ("bfloat16", "float32") else training_dtype(device)
-
-
-def stored_weights(precision: str, matrices: Sequence[Matrix], dtypes: Mapping[str, torch.dtype]) -> dict[str, Storing]:
-    """The weights that are not kept in the dtype of the computation, as `load_into` takes them."""
-    names = [f"{matrix.name}.weight" for matrix in matrices]
-    if precision == "auto":
-        return {name: STORINGS["fp8"] for name in names if dtypes[name] in FP8}
-    return dict.fromkeys(names, STORINGS[precision]) if precision in STORINGS else {}
 
 
 def predict(subject: Subject, settings: MemorySettings) -> Plan:
@@ -229,7 +221,9 @@ def _on_meta(subject: Subject, precision: str) -> nn.Module:
     with _META:
         dit = subject.family.build_dit(subject.config)
         dit.to(compute_dtype(precision, subject.device)).requires_grad_(False)
-        for name, storing in stored_weights(precision, subject.matrices, subject.dtypes).items():
+        for name, storing in stored_weights(
+            precision, (f"{matrix.name}.weight" for matrix in subject.matrices), subject.dtypes
+        ).items():
             layer = dit.get_submodule(name.removesuffix(".weight"))
             in_file = subject.dtypes[name] if subject.dtypes[name] in FP8 else layer.weight.dtype
             weight, layer.weight_scale = storing(Stored(torch.empty_like(layer.weight, dtype=in_file)))

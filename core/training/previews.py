@@ -99,7 +99,7 @@ class Previews:
             for reached in steps:
                 if self.team.agree(self.run.is_asked(STOP), self.device):
                     raise _Stopped
-                sampled = reached
+                sampled = reached.latents
         if not self.team.leads:
             return
         latents = self.family.latent.from_model(sampled.cpu())

@@ -12,6 +12,7 @@ the official checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -157,21 +158,26 @@ class WanDiT(nn.Module):
         text_states: Tensor,
         image_condition: Tensor | None = None,
         clip_features: Tensor | None = None,
+        skip_layers: Collection[int] = (),
     ) -> Tensor:
         """latents (B, C, F, H, W) in model space, time (B,) on 0..1000, text_states (B, S <= 512, text_dim) ->
         velocity (B, C, F, H, W) in float32. `image_condition` (B, C', F, H, W) holds mask and image latents;
-        C + C' must be the checkpoint's input channels. `clip_features` (B, 257 per image, clip_dim)."""
+        C + C' must be the checkpoint's input channels. `clip_features` (B, 257 per image, clip_dim). Blocks of the numbers in
+        `skip_layers` are left out."""
         x = latents if image_condition is None else torch.cat((latents, image_condition), dim=1)
         x = self.patch_embedding(x.to(self.dtype))  # (B, D, F, H / 2, W / 2)
         sizes = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, L, D)
+        x = (
+            x.flatten(2).transpose(1, 2).contiguous()
+        )  # (B, L, D); torch 2.11 compiles a wrong gradient for other strides
         cos, sin = rotary_tables(sizes, ROTARY_DIMS, 10000.0, x.device)
         embedded_time = self.time_embedding(sinusoids(time, self.config.freq_dim).to(self.dtype))  # (B, D)
         time = self.time_projection(embedded_time).unflatten(1, (6, -1))
         text = self.text_embedding(F.pad(text_states.to(self.dtype), (0, 0, 0, TEXT_TOKENS - text_states.shape[1])))
         image = self.img_emb(clip_features.to(self.dtype)) if clip_features is not None else None
-        for block in self.blocks:
-            x = self.run_block(block, x, time, text, image, cos, sin)
+        for number, block in enumerate(self.blocks):
+            if number not in skip_layers:
+                x = self.run_block(block, x, time, text, image, cos, sin)
         return _unpatchified(self.head(x, embedded_time).float(), sizes)
 
 

@@ -24,7 +24,7 @@ class Straight:
     def __init__(self, value):
         self.value, self.times = value, []
 
-    def __call__(self, latents, time, text_states):
+    def __call__(self, latents, time, text_states, skip_layers=()):
         self.times.append(float(time[0]))
         return torch.full_like(latents, self.value * text_states.abs().sum())
 
@@ -40,7 +40,7 @@ def pair(high, low, boundary=HIGH.boundary, guidance=(1.0, 1.0)):
 
 
 def end_of(dit, schedule, guidance=1.0, negative=None):
-    *_, end = sample(dit, WAN, EMPTY, {"varlen_t5": torch.ones(1, 1)}, negative, schedule, guidance, 1, CPU)
+    *_, (end, _) = sample(dit, WAN, EMPTY, {"varlen_t5": torch.ones(1, 1)}, negative, schedule, guidance, 1, CPU)
     return end
 
 
@@ -88,7 +88,7 @@ def test_a_pair_of_one_model_samples_as_the_model_itself(tmp_path):
     both, used = pair(dit, dit)
     states = {"varlen_t5": torch.randn(5, 4096, generator=torch.Generator().manual_seed(0))}
     ends = [
-        list(sample(model, WAN, EMPTY, states, None, Schedule(steps=3, shift=12.0), 1.0, 1, CPU))[-1]
+        list(sample(model, WAN, EMPTY, states, None, Schedule(steps=3, shift=12.0), 1.0, 1, CPU))[-1].latents
         for model in (dit, both)
     ]
     assert torch.equal(*ends) and set(used) == {"high", "low"}

@@ -66,7 +66,7 @@ def test_a_preview_is_what_the_sampling_nodes_give_with_the_saved_lora(made, sho
     states, negative = (cache_files.load_text(made[0] / f"{name}.safetensors") for name in ("positive", "negative"))
     empty = torch.zeros(1, 16, *WAN.latent.latents(VideoSize(5, 32, 48)))
     with attached(dit, adapters(stack, torch.device("cpu"), torch.float32)):
-        *_, expected = sample(
+        *_, (expected, _) = sample(
             dit, WAN, empty, states, negative, Schedule(steps=2, shift=3.0), 4.0, 5, torch.device("cpu")
         )
     expected = WAN.latent.from_model(expected)
