@@ -86,7 +86,9 @@ class Slot:
                              f"{device}: use a smaller model, or start ComfyUI without --novram.")  # fmt: skip
         return module
 
-    def stream(self, make: Callable[[], torch.nn.Module], blocks: Sequence[str], count: int, memory: int) -> torch.nn.Module:
+    def stream(
+        self, make: Callable[[], torch.nn.Module], blocks: Sequence[str], count: int, memory: int
+    ) -> torch.nn.Module:
         """The module, made if it is not there, on the compute device but for `count` of its `blocks`, which stay in main
         memory and visit it (see `streaming.py`), until `rest`."""
         device = mm.get_torch_device()
@@ -262,7 +264,13 @@ class DiTFile(ModelFile):
         device = mm.get_torch_device()
         if precision == FAST_FP8:
             check_fast(device)
-        changed = replace(self, precision=precision, running=running, slot=Slot(), low=self.low and self.low.run_as(precision, running))
+        changed = replace(
+            self,
+            precision=precision,
+            running=running,
+            slot=Slot(),
+            low=self.low and self.low.run_as(precision, running),
+        )
         load_backend(running.attention, device, changed.dtype, training=False)
         streamed_blocks(running.block_swap, len(blocks_of(self.matrices)))
         return changed
@@ -353,10 +361,12 @@ def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> Im
     """What an image-to-video model needs of each clip's images, None for another. Raises ValueError when the image encoder
     is missing, or too many."""
     images = dit.variant.images if dit else None
-    if bool(clip_vision) != bool(images and images.vision):
-        name = dit.variant.title if dit else "no model"
-        raise ValueError(f"{name} is linked, and it takes no CLIP image encoder: take it away, or link the model that does."
-                         if clip_vision else f"{name} also sees images with CLIP: link Load CLIP Image Encoder.")  # fmt: skip
+    takes_vision = images is not None and images.vision
+    if clip_vision and not takes_vision:
+        raise ValueError("a CLIP image encoder is linked without a model that takes one: link that model too, "
+                         "or take the encoder away.")  # fmt: skip
+    if takes_vision and not clip_vision:
+        raise ValueError(f"{dit.variant.title} also sees images with CLIP: link Load CLIP Image Encoder.")
     return images and ImagePlan(input=images, encoder_identity=clip_vision.identity if clip_vision else "")
 
 
