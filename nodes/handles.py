@@ -369,10 +369,12 @@ def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> Im
     """What an image-to-video model needs of each clip's images, None for another. Raises ValueError when the image encoder
     is missing, or too many."""
     images = dit.variant.images if dit else None
-    if bool(clip_vision) != bool(images and images.vision):
-        name = dit.variant.title if dit else "no model"
-        raise ValueError(f"{name} is linked, and it takes no CLIP image encoder: take it away, or link the model that does."
-                         if clip_vision else f"{name} also sees images with CLIP: link Load CLIP Image Encoder.")  # fmt: skip
+    takes_vision = images is not None and images.vision
+    if clip_vision and not takes_vision:
+        raise ValueError("a CLIP image encoder is linked without a model that takes one: link that model too, "
+                         "or take the encoder away.")  # fmt: skip
+    if takes_vision and not clip_vision:
+        raise ValueError(f"{dit.variant.title} also sees images with CLIP: link Load CLIP Image Encoder.")
     return images and ImagePlan(input=images, encoder_identity=clip_vision.identity if clip_vision else "")
 
 

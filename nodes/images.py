@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.data.caching import to_video
 from ..core.data.media import fitted
 from ..core.families import check_size
-from ..core.family import VisionEncoder
+from ..core.family import States, VisionEncoder
 from ..core.shapes import VideoSize
 from . import handles
 from .progress import say
@@ -66,25 +66,31 @@ class EncodeImage(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, positive, negative, vae: handles.VAEFile, start_image: Tensor, width: int,
                 height: int, frames: int, end_image: Tensor | None = None, clip_vision=None) -> io.NodeOutput:  # fmt: skip
-        family, images, size = dit.family, dit.variant.images, VideoSize(frames, height, width)
-        if images is None:
-            raise ValueError(
-                f"{dit.variant.title} is no image-to-video model: leave this node out, or load another model."
-            )
-        start, end = (None if one is None else _picture(one, size) for one in (start_image, end_image))
-        encoder = (
-            None if clip_vision is None else _encoder(clip_vision, both=end is not None and images.end == "inside")
-        )
-        (states,) = family.image_states(vae.load(size), encoder, images, start, end, frames)
-        options = family.image_options(states)
+        size = VideoSize(frames, height, width)
+        states = encoded(dit, vae, size, start_image, end_image, clip_vision)
+        options = dit.family.image_options(states)
         latents = options["concat_latent_image"]
-        extra = latents.shape[2] - family.latent.latents(size).frames
+        extra = latents.shape[2] - dit.family.latent.latents(size).frames
         if extra:
             say(f"{extra} latent frame more for the end image: trim 3 frames in Decode Video", cls.hidden.unique_id)
         return io.NodeOutput(
             *(node_helpers.conditioning_set_values(one, options) for one in (positive, negative)),
             {"samples": torch.zeros_like(latents, device=mm.intermediate_device())},
         )
+
+
+def encoded(dit: handles.DiTFile, vae: handles.VAEFile, size: VideoSize, start_image: Tensor, end_image: Tensor | None,
+            clip_vision) -> States:  # fmt: skip
+    """What the model is told of the images (1, H, W, C) for a video of this size. `clip_vision` is what the node's input
+    takes. Raises ValueError for a model that takes no images, or not these."""
+    images = dit.variant.images
+    if images is None:
+        raise ValueError(f"{dit.variant.title} is no image-to-video model: leave the image out, or load another model.")
+    start, end = (None if one is None else _picture(one, size) for one in (start_image, end_image))
+    both = end is not None and images.end == "inside"
+    encoder = None if clip_vision is None else _encoder(clip_vision, both)  # first: the VAE needs the most room to work
+    (states,) = dit.family.image_states(vae.load(size), encoder, images, start, end, size.frames)
+    return states
 
 
 def _picture(images: Tensor, size: VideoSize) -> Tensor:

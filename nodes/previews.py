@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from typing import Any
 
+import torch
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..core.data import cache_files
+from ..core.data.media import UnreadableMedia, read_image
+from ..core.io.files import digest
 from ..core.shapes import VideoSize
 from ..core.training.prompts import Preview, PreviewSettings, Prompt, encode_prompts, parse_lines, read_prompts
 from . import handles, paths
+from .images import encoded
 
 CATEGORY = "VideoLoRA/training"
 _MOST_PROMPTS = 32
@@ -31,7 +39,7 @@ class PreviewSettingsNode(io.ComfyNode):
                                   tooltip="Decodes the previews. Not linked: only latents are kept, for ComfyUI's Load Latent."),
                 io.String.Input("prompts", default="", multiline=True,
                                 tooltip="A prompt in each line. Options may follow it: --w 832 --h 480 --f 81 --s 30 --d 7 (seed) "
-                                "--l 5 (guidance) --fs 5 (flow shift) --n what is not to be seen."),
+                                "--l 5 (guidance) --fs 5 (flow shift) --n what is not to be seen --i start.png."),
                 io.Int.Input("every_steps", default=100, min=0, max=1000000, tooltip="Previews every so many steps. 0: not."),
                 io.Int.Input("every_epochs", default=default.every_epochs, min=0, max=100000,
                              tooltip="Previews every so many passes through the data. 0: not."),
@@ -52,6 +60,9 @@ class PreviewSettingsNode(io.ComfyNode):
                 io.String.Input("file", default="", optional=True, advanced=True,
                                 tooltip="A file of more prompts (.txt, .toml or .json), below ComfyUI's input folder or a data set "
                                 "folder."),
+                io.Image.Input("start_image", optional=True, tooltip="What the previews of an image-to-video model begin with."),
+                io.Image.Input("end_image", optional=True, tooltip="What those of a first-last-frame model end with."),
+                handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 image-to-video."),
             ],
             outputs=[handles.Previews.Output("previews", display_name="previews")],
         )  # fmt: skip
@@ -67,21 +78,28 @@ class PreviewSettingsNode(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str = "", **_) -> list:
-        path = paths.data_path(file) if file else None
-        return [str(path), path.stat().st_mtime_ns] if path and path.exists() else []
+    def fingerprint_inputs(cls, prompts: str = "", file: str = "", **_) -> list:
+        given = parse_lines(prompts or "") + (read_prompts(paths.data_path(file)) if file else [])
+        named = [name for one in given for name in (one.image_path, one.end_image_path) if name]
+        files = [paths.data_path(name) for name in filter(None, [file, *named])]
+        return [[str(path), path.stat().st_mtime_ns] for path in files if path.exists()]
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, text_encoder: handles.TextEncoderFile, prompts: str, every_steps: int,
-                every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "",
-                **defaults: Any) -> io.NodeOutput:  # fmt: skip
+                every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "", start_image=None,
+                end_image=None, clip_vision: handles.VisionEncoderFile | None = None, **defaults: Any) -> io.NodeOutput:  # fmt: skip
         for part in (text_encoder, vae):
             if part is not None and part.family.name != dit.family.name:
                 raise ValueError(f"{part.path.name} is for {part.family.title}, and the model is {dit.family.title}.")
         given = parse_lines(prompts) + (read_prompts(paths.data_path(file)) if file else [])
         if not 0 < len(given) <= _MOST_PROMPTS:
             raise ValueError(f"there are {len(given)} prompts for previews: give 1 to {_MOST_PROMPTS}.")
-        previews = _previews([prompt.filled(_defaults(dit, **defaults)) for prompt in given], dit, text_encoder)
+        filled = [prompt.filled(_defaults(dit, **defaults)) for prompt in given]
+        previews = tuple(
+            _with_images(one, dit, vae, _image(prompt, prompt.image_path, start_image),
+                         _image(prompt, prompt.end_image_path, end_image), clip_vision)
+            for prompt, one in zip(filled, _previews(filled, dit, text_encoder), strict=True)
+        )  # fmt: skip
         return io.NodeOutput(PreviewSettings(
             prompts=previews, every_steps=every_steps, every_epochs=every_epochs, at_start=at_start,
             vae=str(vae.path) if vae else "", tile_size=vae.tile_size if vae else 0,
@@ -116,6 +134,40 @@ def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.Text
         )
         for one in prompts
     )  # fmt: skip
+
+
+def _image(prompt: Prompt, name: str | None, otherwise: Tensor | None) -> Tensor | None:
+    """The image that a prompt names, below ComfyUI's input folder or a data set folder, as IMAGE (1, H, W, 3) in 0..1."""
+    if not name:
+        return otherwise
+    try:
+        frames = read_image(paths.data_path(name), (prompt.width, prompt.height))
+    except (UnreadableMedia, OSError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    return torch.from_numpy(frames).float() / 255
+
+
+def _with_images(preview: Preview, dit: handles.DiTFile, vae: handles.VAEFile | None, start_image, end_image,
+                 clip_vision: handles.VisionEncoderFile | None) -> Preview:  # fmt: skip
+    """The preview with what an image-to-video model is told of its images in a file; as it is without a model or images
+    that need it."""
+    if start_image is None and end_image is None and not dit.variant.images:
+        return preview
+    if start_image is None or vae is None:
+        raise ValueError(f"previews of {dit.variant.title} begin with an image: link a start image and the VAE.")
+    size = VideoSize(preview.frames, preview.height, preview.width)
+    pictures = [
+        None if one is None else hashlib.sha256(one.cpu().numpy().tobytes()).hexdigest()
+        for one in (start_image, end_image)
+    ]
+    name = digest([size, vae.identity, clip_vision and clip_vision.identity, pictures])
+    path = paths.prompts_folder() / f"{name}.safetensors"
+    if not cache_files.is_current(path, name):
+        told = encoded(dit, vae, size, start_image, end_image, clip_vision)
+        shapes = {key: value.shape for key, value in told.items()}
+        dit.family.check_states(dit.part.config, shapes, dit.family.latent.latents(size))
+        cache_files.save_text(path, told, "", dit.family, name)
+    return replace(preview, images=str(path))
 
 
 def _negative(prompt: Prompt) -> list[str]:

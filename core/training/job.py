@@ -145,7 +145,7 @@ class Expert:
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """`low` is the low-noise expert that is trained in the same run, `dit` then the high-noise one, for the sigmas from
-    `boundary` on (0: where its authors draw it). `name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`. `gpus` is how many
+    `boundary` on. `name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`. `gpus` is how many
     processes share a step; each adds as many batches to it as gradients are accumulated."""
 
     name: str
@@ -181,6 +181,8 @@ class Job:
                 "more, or switch shard off.")  # fmt: skip
         require(not (self.low and self.network.start_from), "two experts cannot go on from one LoRA: train them one at a time, or "
                 "start afresh.")  # fmt: skip
+        require(not self.low or 0 < self.boundary < 1, f"the boundary of the two experts is {self.boundary}: use a sigma between 0 and 1, "
+                "such as 0.875.")  # fmt: skip
         require(not self.low or self.steps > 1, "two experts are to be trained in 1 step: use 2 or more.")
         self.optimizer.check(self.steps)
         kind, ratio = self.optimizer.kind, self.network.loraplus_lr_ratio

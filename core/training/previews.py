@@ -87,8 +87,9 @@ class Previews:
     def _sample(self, path: Path, preview: Preview, dit: nn.Module | ExpertPair) -> None:
         size = self.family.latent.latents(VideoSize(preview.frames, preview.height, preview.width))
         empty = torch.zeros(1, self.family.latent.channels, *size)
-        positive = cache_files.load_text(Path(preview.states))
-        negative = cache_files.load_text(Path(preview.negative_states)) if preview.negative_states else None
+        told = cache_files.load_text(Path(preview.images)) if preview.images else {}
+        positive = {**cache_files.load_text(Path(preview.states)), **told}
+        negative = {**cache_files.load_text(Path(preview.negative_states)), **told} if preview.negative_states else None
         schedule = Schedule(steps=preview.steps, shift=preview.shift)
         steps = sample(
             dit, self.family, empty, positive, negative, schedule, preview.guidance, preview.seed, self.device

@@ -7,7 +7,7 @@
     JSON    a list of such lines, or of objects with the names below
 
 Letters and names: w width, h height, f frame_count, d seed, s sample_steps, l cfg_scale (guidance), fs discrete_flow_shift,
-n negative_prompt.
+n negative_prompt; for image-to-video models i image_path, ei end_image_path.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Prompt:
     sample_steps: int | None = None
     cfg_scale: float | None = None
     discrete_flow_shift: float | None = None
+    image_path: str | None = None
+    end_image_path: str | None = None
 
     def filled(self, defaults: Prompt) -> Prompt:
         """With the choices of `defaults` where it has none."""
@@ -54,8 +56,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A prompt ready to be sampled: `states` and `negative_states` are files of encoded text; no negative one, no
-    guidance."""
+    """A prompt ready to be sampled: `states` and `negative_states` are files of encoded text, no negative one, no guidance;
+    `images` is a file of image states, for an image-to-video model."""
 
     prompt: str
     states: str
@@ -67,6 +69,7 @@ class Preview:
     steps: int
     guidance: float
     shift: float
+    images: str = ""
 
     def __post_init__(self) -> None:
         Schedule(steps=self.steps, shift=self.shift)  # checks both
@@ -93,15 +96,15 @@ class PreviewSettings:
 
 _LETTERS = {
     "w": "width", "h": "height", "f": "frame_count", "d": "seed", "s": "sample_steps", "l": "cfg_scale",
-    "fs": "discrete_flow_shift", "n": "negative_prompt",
+    "fs": "discrete_flow_shift", "n": "negative_prompt", "i": "image_path", "ei": "end_image_path",
 }  # fmt: skip
 _IMPOSSIBLE = {
-    "g": "guidance_scale", "i": "image_path", "ei": "end_image_path", "cn": "control_video_path",
-    "ci": "control_image_path", "of": "one_frame",
+    "g": "guidance_scale", "cn": "control_video_path", "ci": "control_image_path", "of": "one_frame",
 }  # fmt: skip
 _KINDS: Mapping[str, type] = {
     "prompt": str, "negative_prompt": str, "width": int, "height": int, "frame_count": int, "seed": int,
     "sample_steps": int, "cfg_scale": float, "discrete_flow_shift": float,
+    "image_path": str, "end_image_path": str,
 }  # fmt: skip
 _OPTION = re.compile(rf"(?:^|(?<=\s))--({'|'.join([*_LETTERS, *_IMPOSSIBLE])})(?=\s|$)", re.IGNORECASE)
 

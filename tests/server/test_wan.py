@@ -131,3 +131,55 @@ def test_comfyuis_own_start_image_samples_alike_in_our_sampler(server):
     graph = samplers(graph, unet, [["image", 0], ["image", 1], ["image", 2]], "own")
     run(server, graph)
     assert reference.relative_error(latent_of(server, "own_ours"), latent_of(server, "own_stock")) < 2e-2
+
+
+def test_a_training_shows_previews_that_begin_with_an_image(server):
+    graph = demo.graph("wan_i2v_train", **QUICK)
+    train = node(graph, "VideoLoRATrain")
+    loaders = {kind: [node(graph, f"VideoLoRALoad{kind}"), 0] for kind in ("DiT", "VAE", "T5", "CLIPVision")}
+    graph["image"] = {"class_type": "LoadImage", **TITLE, "inputs": {"image": "start_image.png"}}
+    graph["previews"] = {"class_type": "VideoLoRAPreviewSettings", **TITLE, "inputs": {
+        "dit": loaders["DiT"], "text_encoder": loaders["T5"], "vae": loaders["VAE"], "clip_vision": loaders["CLIPVision"],
+        "start_image": ["image", 0], "prompts": "a red disk", "every_steps": 0, "every_epochs": 0, "at_start": True,
+        "width": 96, "height": 64, "frames": 5, "steps": 2, "guidance": 3.0, "shift": 0.0, "seed": 1}}  # fmt: skip
+    graph[train]["inputs"] |= {"previews": ["previews", 0], "steps": 2, "name": "previewed"}
+    run_of_it = summary(run(server, graph))
+    assert run_of_it["previews"] == ["step-00000000_00.mp4"] and not run_of_it["notes"]
+    graph["previews"]["inputs"] |= {"prompts": "a red disk --i end_image.png --w 64"}
+    graph[train]["inputs"]["name"] = "previewed_by_name"
+    assert summary(run(server, graph))["previews"] == ["step-00000000_00.mp4"]
+    del graph["previews"]["inputs"]["start_image"]
+    graph["previews"]["inputs"]["prompts"] = "a red disk"
+    assert "link a start image" in client.run(server, graph).error
+
+
+def test_a_pair_samples_as_two_of_comfyuis_own_samplers_do(server, experts):
+    graph = demo.graph("wan22_t2v_sample", **QUICK)
+    sample, schedule = node(graph, "VideoLoRASample"), node(graph, "VideoLoRAFlowSchedule")
+    inputs = graph[sample]["inputs"]
+    inputs |= {"dit": [node(graph, "VideoLoRALoadWanExperts"), 0], "seed": 5}
+    keep = {k: v for k, v in graph.items() if v["class_type"] not in ("VideoLoRADecode", "CreateVideo", "SaveVideo")}
+    common = {
+        "cfg": 3.0,
+        "noise_seed": 5,
+        "positive": inputs["positive"],
+        "negative": inputs["negative"],
+        "sampler": ["euler", 0],
+    }
+    stages = {
+        expert: {"class_type": "UNETLoader", **TITLE,
+                 "inputs": {"unet_name": f"wan2.2_t2v_{expert}_noise_14B_fp16.safetensors", "weight_dtype": "default"}}
+        for expert in ("high", "low")
+    }  # fmt: skip
+    keep |= stages | {
+        "euler": {"class_type": "KSamplerSelect", **TITLE, "inputs": {"sampler_name": "euler"}},
+        "split": {"class_type": "SplitSigmas", **TITLE, "inputs": {"sigmas": [schedule, 1], "step": 2}},  # 1.0, 0.9 | 0.75, 0.5
+        "first": {"class_type": "SamplerCustom", **TITLE, "inputs": {
+            **common, "model": ["high", 0], "add_noise": True, "sigmas": ["split", 0], "latent_image": inputs["latent"]}},
+        "second": {"class_type": "SamplerCustom", **TITLE, "inputs": {
+            **common, "model": ["low", 0], "add_noise": False, "sigmas": ["split", 1], "latent_image": ["first", 0]}},
+        "save_stock": {"class_type": "SaveLatent", **TITLE, "inputs": {"samples": ["second", 0], "filename_prefix": "latents/pair_stock"}},
+        "save_ours": {"class_type": "SaveLatent", **TITLE, "inputs": {"samples": [sample, 0], "filename_prefix": "latents/pair_ours"}},
+    }  # fmt: skip
+    run(server, keep)
+    assert reference.relative_error(latent_of(server, "pair_ours"), latent_of(server, "pair_stock")) < 2e-2

@@ -15,7 +15,7 @@ from videolora.core.io.files import fingerprint
 from videolora.core.lora.inventory import inventory
 from videolora.core.lora.stack import StackEntry, load_stack
 from videolora.core.training import batches
-from videolora.core.training.job import Expert, SaveSettings, TimestepSettings, read_job
+from videolora.core.training.job import Expert, SaveSettings, TimestepSettings, WatchSettings, read_job
 from videolora.core.training.loop import flow_losses
 from videolora.core.training.run import STOP, Run
 from videolora.core.weights import load_into
@@ -26,7 +26,7 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def pair(tmp_path_factory):
     """Two checkpoints of the same sizes and other weights."""
     folder = tmp_path_factory.mktemp("experts")
     made = small_job.make(folder, "wan22_t2v", HIGH)
@@ -35,10 +35,10 @@ def made(tmp_path_factory):
     return made
 
 
-def both(made, output, **changes):
-    low = made[0] / "low.safetensors"
+def both(pair, output, **changes):
+    low = pair[0] / "low.safetensors"
     expert = Expert(name="low", variant=LOW, dit=str(low), dit_fingerprint=fingerprint(low))
-    return small_job.job(made, output, **{"variant": HIGH, "low": expert, "boundary": 0.875, "steps": STEPS, **changes})
+    return small_job.job(pair, output, **{"variant": HIGH, "low": expert, "boundary": 0.875, "steps": STEPS, **changes})
 
 
 def sigmas(described, step):
@@ -46,8 +46,8 @@ def sigmas(described, step):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 100, 101, 250, 1000])
-def test_experts_take_turns_of_many_steps_in_the_share_of_their_noise_levels(made, tmp_path, steps):
-    described = both(made, tmp_path, steps=steps)
+def test_experts_take_turns_of_many_steps_in_the_share_of_their_noise_levels(pair, tmp_path, steps):
+    described = both(pair, tmp_path, steps=steps)
     order = [batches.expert_at(described, WAN, step).name for step in range(steps)]
     turns = [name for name, _ in groupby(order)]
     assert len(turns) == -(-steps // 100) + 1, "each round but the first begins with the expert that is there"
@@ -59,8 +59,8 @@ def test_experts_take_turns_of_many_steps_in_the_share_of_their_noise_levels(mad
     assert [expert.name for expert, begin, end in stretches for _ in range(begin, end)] == order[steps // 2 :]
 
 
-def test_every_step_draws_noise_levels_of_its_expert(made, tmp_path):
-    described = both(made, tmp_path)
+def test_every_step_draws_noise_levels_of_its_expert(pair, tmp_path):
+    described = both(pair, tmp_path)
     for step in range(STEPS):
         drawn = sigmas(described, step)
         is_high = batches.expert_at(described, WAN, step).name == "high"
@@ -75,17 +75,17 @@ def test_an_expert_that_is_trained_alone_sees_its_own_noise_levels_unless_a_rang
     assert TimestepSettings().levels(WAN.variants["2.1-t2v-14B"]) == (0, 1)
 
 
-def test_a_range_without_levels_for_an_expert_is_refused(made, tmp_path):
-    described = both(made, tmp_path, timesteps=TimestepSettings(max_timestep=800))
+def test_a_range_without_levels_for_an_expert_is_refused(pair, tmp_path):
+    described = both(pair, tmp_path, timesteps=TimestepSettings(max_timestep=800))
     this = Run.of(described, tmp_path / "runs")
     assert small_job.work(this) == 1
     assert "no timesteps between 875 and 1000" in this.status()["error"]
 
 
 @pytest.fixture(scope="module")
-def straight(made, tmp_path_factory):
+def straight(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    described = both(made, folder, save=SaveSettings(every_steps=3, precision="float32"))
+    described = both(pair, folder, save=SaveSettings(every_steps=3, precision="float32"))
     this = Run.of(described, folder / "runs")
     assert small_job.work(this) == 0, this.log_end()
     return this
@@ -111,7 +111,7 @@ def test_a_run_writes_a_lora_for_each_expert_that_fits_it_alone(straight):
         load_stack([StackEntry(described.final_path)], WAN, WAN.variants[LOW], matrices, allow_overlap=False)
 
 
-def test_each_expert_learns_only_in_its_own_steps(made, straight, tmp_path):
+def test_each_expert_learns_only_in_its_own_steps(pair, straight, tmp_path):
     """The first steps are the high-noise expert's: until the low-noise one's turn its LoRA is what it began as."""
     published = {name: load_file(straight.job().path_of(name, 3)) for name in ("high", "low")}
     assert batches.expert_at(straight.job(), WAN, 2).name == "high"
@@ -120,7 +120,7 @@ def test_each_expert_learns_only_in_its_own_steps(made, straight, tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [2, 6])
-def test_a_run_that_is_stopped_in_either_experts_turn_goes_on_to_the_same_loras(made, straight, tmp_path, stop_after):
+def test_a_run_that_is_stopped_in_either_experts_turn_goes_on_to_the_same_loras(pair, straight, tmp_path, stop_after):
     described = replace(straight.job(), output_folder=str(tmp_path))
     this = Run.of(described, tmp_path / "runs")
     original = Run.append_metrics
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_in_either_experts_turn_goes_on_to_the_same_loras(
     assert [entry["losses"] for entry in this.metrics()] == [entry["losses"] for entry in straight.metrics()]
 
 
-def test_the_base_of_each_step_is_its_experts(made, straight):
+def test_the_base_of_each_step_is_its_experts(pair, straight):
     """The first step after the change has the loss of the low-noise checkpoint, not of the other."""
     described = straight.job()
     step = next(begin for expert, begin, _ in batches.stretches(described, WAN, 0) if expert.name == "low")
@@ -155,3 +155,20 @@ def test_the_base_of_each_step_is_its_experts(made, straight):
         with torch.no_grad():
             losses.append(flow_losses(dit, batch, torch.device("cpu")).tolist())
     assert straight.metrics()[step]["losses"] == pytest.approx(losses[1], rel=1e-4) != losses[0]
+
+
+def test_looking_on_does_not_change_what_the_experts_learn(pair, shown, tmp_path):
+    watch = WatchSettings(validation_share=0.3, validation_every_steps=2)
+    plain = both(pair, tmp_path / "plain", steps=4, watch=watch, save=SaveSettings(precision="float32"))
+    watched = replace(
+        plain, output_folder=str(tmp_path / "watched"), previews=replace(shown, every_steps=3, at_start=True)
+    )
+    runs = [Run.of(one, tmp_path / name) for name, one in (("plain-runs", plain), ("watched-runs", watched))]
+    for this in runs:
+        assert small_job.work(this) == 0, this.log_end()
+    assert len(runs[1].previews()) == 2 * 2 and not runs[1].notes()
+    for expected, found in zip(plain.final_paths, watched.final_paths, strict=True):
+        expected, found = load_file(expected), load_file(found)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    validated = [[e["validation_loss"] for e in run.metrics() if "validation_loss" in e] for run in runs]
+    assert validated[0] == validated[1] and len(validated[0]) == 2

@@ -262,6 +262,6 @@ def test_a_validation_batch_covers_all_noise_levels(made, tmp_path):
     from videolora.core.training.validation import validation_batches
 
     described, _ = small(made, tmp_path, watch=OFTEN)
-    sigmas = [batch.sigma.item() for batch in validation_batches(described, WAN)]
+    sigmas = [batch.sigma.item() for batch in validation_batches(described, WAN, described.experts[0])]
     assert len(sigmas) == 8 and sigmas[:4] == sorted(sigmas[:4]) and sigmas[:4] == sigmas[4:]
     assert sigmas[0] < 0.7 < sigmas[3]
