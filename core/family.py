@@ -7,7 +7,7 @@ knows a family's name: what differs between two families is a field or a functio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .keymap import IDENTITY, KeyMap
 from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
-from .weights import Checkpoint
+from .weights import Checkpoint, View
 
 Kind = Literal["dit", "vae", "text_encoder", "vision_encoder"]
 KIND_TITLES: dict[str, str] = {
@@ -28,6 +28,21 @@ States = dict[str, Tensor]
 
 TextStates = States
 """Those that a text encoder made of one prompt."""
+
+Conditions = dict[str, Tensor | tuple[Tensor, ...]]
+"""What a transformer is told of a batch, by the names of its arguments: one tensor for all samples, or one for each where
+these differ in length."""
+
+
+def moved(conditions: Conditions, device: torch.device) -> Conditions:
+    """The same on a device."""
+
+    def to(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=True)
+
+    return {
+        name: tuple(map(to, value)) if isinstance(value, tuple) else to(value) for name, value in conditions.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +95,9 @@ class Part:
     """What a checkpoint was recognised as.
 
     `variants` are the releases that its tensors may belong to, the most likely first; `config` is what the family's
-    builder takes; `keymap` leads from the file's names to the model's. Of a transformer, `width` is that of its
-    activations and `text_width` that of the text states it takes.
+    builder takes; `keymap` leads from the file's names to the model's. Where the file divides the model's tensors otherwise,
+    `views` says how it is to be seen before that. Of a transformer, `width` is that of its activations and `text_width` that
+    of the text states it takes; of a text encoder, `gives` are the names of the states that it makes.
     """
 
     family: str
@@ -90,8 +106,10 @@ class Part:
     config: Any
     variants: tuple[str, ...] = ()
     keymap: KeyMap = IDENTITY
+    views: Mapping[str, View] = field(default_factory=dict)
     width: int = 0
     text_width: int = 0
+    gives: tuple[str, ...] = ()
 
 
 class Tokenizer(Protocol):
@@ -168,7 +186,7 @@ class Family:
     load_vision     (checkpoint, part, dtype) -> VisionEncoder, on the CPU
     image_states    (VAE, VisionEncoder or None, ImageInput, start and end (B, 3, H, W) in -1..1 or None, frames) ->
                     States per clip
-    conditions      one States per sample -> keyword arguments of the transformer
+    conditions      one States per sample -> Conditions, keyword arguments of the transformer
     check_states    (config, name -> shape of States, latent size) raises ValueError when the transformer cannot take them
     comfyui_latents name of ComfyUI's own description of these latents, by which it previews them while they are sampled
     to_comfyui      States -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
@@ -196,7 +214,7 @@ class Family:
     load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
     load_vision: Callable[[Checkpoint, Part, torch.dtype], VisionEncoder]
     image_states: Callable[[VAE, VisionEncoder | None, ImageInput, Tensor, Tensor | None, int], list[States]]
-    conditions: Callable[[Sequence[States]], dict[str, Tensor]]
+    conditions: Callable[[Sequence[States]], Conditions]
     check_states: Callable[[Any, Mapping[str, Sequence[int]], VideoSize], None]
     comfyui_latents: str
     to_comfyui: Callable[[States], tuple[Tensor, dict[str, Any]]]

@@ -242,8 +242,8 @@ class DiTFile(ModelFile):
         chosen = family.variants[part.variants[0] if variant == "auto" else variant]
         if chosen.unusable:
             raise ValueError(f"{chosen.title} is recognised, but cannot be used: {chosen.unusable}.")
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=tuple(inventory(family, shapes)))
+        matrices = tuple(inventory(family, checkpoint.shapes(part.keymap)))
+        return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=matrices)
 
     @property
     def is_set_up(self) -> bool:
