@@ -7,7 +7,7 @@ knows a family's name: what differs between two families is a field or a functio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -54,7 +54,7 @@ class ImageInput:
 class Variant:
     """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
     models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
-    cannot be used."""
+    cannot be used; `shift_at` names sizes (width, height) with a flow shift of their own."""
 
     name: str
     title: str
@@ -63,11 +63,16 @@ class Variant:
     sampling_shift: float
     guidance: float
     training_shift: float
+    shift_at: Mapping[tuple[int, int], float] = field(default_factory=dict)
     negative_prompt: str = ""
     images: ImageInput | None = None
     expert: str = ""
     boundary: float = 0.0
     unusable: str = ""
+
+    def shift_for(self, width: int, height: int) -> float:
+        """The flow shift for videos of this size in pixels."""
+        return self.shift_at.get((width, height), self.sampling_shift)
 
     def levels(self, boundary: float = 0.0) -> tuple[float, float]:
         """The sigmas that the release is used for; `boundary` where it is not its authors'."""

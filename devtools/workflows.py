@@ -187,7 +187,9 @@ def _sampling(graph: Graph, column: int, dit: Node, model: Out, text: Node, vae:
         latent = graph.add(column, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)[
             0
         ]
-    schedule = graph.add(column, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="euler")
+    schedule = graph.add(
+        column, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc", latent=latent
+    )
     if skip_cfg:
         schedule = graph.add(column, "VideoLoRACFGSkip", schedule=schedule[0], ratio=0.5, mode="late")
     sampled = graph.add(column + 1, "VideoLoRASample", dit=model, positive=told, negative=away, latent=latent,
