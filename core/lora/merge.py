@@ -152,7 +152,7 @@ def _merged(weight: Tensor, first: int, name: str, stack: Sequence[LoadedLoRA]) 
         factors = lora.file.factors[name]
         start, stop = (min(max(row - first, 0), len(weight)) for row in factors.touched)
         if start < stop:
-            factors.add_to(delta[start:stop], first + start, lora.entry.multiplier)
+            factors.add_to(delta[start:stop], first + start, lora.entry.multiplier, weight[start:stop])
             touched[start:stop] = True
     merged = delta.add_(weight).to(weight.dtype)
     return merged if touched.all() else torch.where(touched[:, None], merged, weight)
