@@ -12,11 +12,11 @@ import reference
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_loras import WAN_MATRICES, dense, matrices_of, some_factors
 from videolora.core.families import FAMILIES
 from videolora.core.lora import files
 from videolora.core.lora.adapter import attached
-from videolora.core.lora.factors import LoHaFactors, LoKrFactors, LoRAFactors, summed
-from videolora.core.lora.inventory import Matrix
+from videolora.core.lora.factors import summed
 from videolora.core.lora.names import LoRANames, Named, Share
 from videolora.core.modules.layers import Linear
 
@@ -51,38 +51,13 @@ SPLIT = LoRANames(comfyui=tuple(
 ))  # fmt: skip
 
 
-def _matrices(shapes):
-    return [Matrix(name, rows, columns, ".".join(name.split(".")[:2])) for name, (rows, columns) in shapes.items()]
-
-
-FUSED_MATRICES = _matrices({
+FUSED_MATRICES = matrices_of({
     "double_blocks.0.img_attn_qkv": (36, 12), "double_blocks.0.txt_attn_qkv": (36, 12), "double_blocks.0.img_mlp.fc1": (48, 12),
     "single_blocks.3.linear1": (84, 12), "single_blocks.3.linear2": (12, 60),
 })  # fmt: skip
-SPLIT_MATRICES = _matrices({f"double_blocks.1.{side}_attn_{x}": (12, 8) for side in ("img", "txt") for x in "qkv"}
+SPLIT_MATRICES = matrices_of({f"double_blocks.1.{side}_attn_{x}": (12, 8) for side in ("img", "txt") for x in "qkv"}
                            | {"double_blocks.1.img_attn_proj": (8, 12), "double_blocks.1.img_mlp.fc1": (32, 8)})  # fmt: skip
-WAN_MATRICES = _matrices({"blocks.0.self_attn.q": (16, 12), "blocks.0.cross_attn.k_img": (16, 12), "blocks.1.ffn.0": (24, 12),
-                          "blocks.1.ffn.2": (12, 24), "blocks.1.self_attn.o": (16, 16)})  # fmt: skip
 MODELS = {"fused": (FUSED_MATRICES, FUSED), "split": (SPLIT_MATRICES, SPLIT), "named": (WAN_MATRICES, WAN.lora_names)}
-
-
-def dense(factors):
-    band = torch.zeros(factors.shape, dtype=torch.float32)
-    factors.add_to(band, 0, 1.0)
-    return band
-
-
-def some_factors(matrices, rank=4, alpha=2.5, kind="lora", seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    make = {
-        "lora": lambda m: LoRAFactors(randn(rank, m.columns), randn(m.rows, rank), alpha),
-        "loha": lambda m: LoHaFactors(
-            randn(m.rows, 2), randn(2, m.columns), randn(m.rows, 2), randn(2, m.columns), alpha
-        ),
-        "lokr": lambda m: LoKrFactors(randn(4, 2), randn(m.rows // 4, 3), randn(3, m.columns // 2), alpha),
-    }[kind]
-    return {m.name: make(m) for m in matrices}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -228,7 +203,7 @@ def _vector_matrices(name):
     """The vectors' LoRAs are for matrices of 20 x 24, named as their dotted files say."""
     dotted = load_file(VECTORS / f"lora_{name}_other.safetensors")
     stems = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0] for key in dotted}
-    return _matrices(dict.fromkeys(sorted(stems), (20, 24)))
+    return matrices_of(dict.fromkeys(sorted(stems), (20, 24)))
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "hunyuan_video_15"])
@@ -352,7 +327,7 @@ def _block(manifest, blocks, factor):
     """The matrices of some blocks of an official checkpoint, made smaller by `factor`."""
     chosen = {name.removesuffix(".weight"): shape for name, shape in reference.manifest(manifest).items()
               if name.startswith(tuple(blocks)) and name.endswith(".weight") and len(shape) == 2}  # fmt: skip
-    return _matrices({name: (shape[0] // factor, shape[1] // factor) for name, shape in chosen.items()})
+    return matrices_of({name: (shape[0] // factor, shape[1] // factor) for name, shape in chosen.items()})
 
 
 def _for_comfyui(names, split):
