@@ -104,7 +104,7 @@ class MergeLoRA(io.ComfyNode):
                 "there is nothing to merge: link a model from Apply LoRAs, with a multiplier other than 0."
             )
         target = paths.output_file("diffusion_models", name)
-        if not is_merged(dit.path, target, stack):
+        if not is_merged(dit.path, target, dit.prefix, dit.part, stack):
             _check_space(dit.path, target)
             progress = Progress(cls.hidden.unique_id)
             with closing(merge(dit.path, target, dit.prefix, dit.part, stack)) as steps:

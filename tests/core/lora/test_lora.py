@@ -349,9 +349,10 @@ def test_a_merged_file_keeps_everything_else_and_says_where_it_comes_from(tmp_pa
         assert file.metadata()["modelspec.title"] == "small"
         assert '"loraid": 1' in file.metadata()["videolora_merged"]
     stack = load_stack([entry], WAN, VARIANT, matrices, allow_overlap=False)
-    assert is_merged(checkpoint, target, stack)
+    part = open_part(checkpoint, "dit")[1]
+    assert is_merged(checkpoint, target, "", part, stack)
     other = load_stack([StackEntry(entry.path, 0.6)], WAN, VARIANT, matrices, allow_overlap=False)
-    assert not is_merged(checkpoint, target, other)
+    assert not is_merged(checkpoint, target, "", part, other)
 
 
 def test_shards_are_merged_into_one_file(tmp_path, checkpoint, matrices):
