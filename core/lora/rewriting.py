@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..family import Part
@@ -22,7 +23,7 @@ from ..prefetch import parallel
 from ..weights import SCALES, shards
 
 _COPY_BYTES = 32 << 20  # of untouched data at a time
-_WORKERS = min(8, os.cpu_count() or 1)
+_WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,22 @@ def rewritten(
     with safetensors.laid_out(target, layout, metadata) as (path, tensors):
         output = Target(path, tensors)
         # What is computed comes first: copies keep the disk busy while the last of it is done.
-        work = [*(change(output) for change in changes.values()), *_copies(source, output, changed)]
-        with closing(parallel(work, _WORKERS, limit=4 * _WORKERS, cost=lambda _: 1)) as steps:
-            for written in steps:
-                done += written
-                yield done, total
+        work = [*(_alone(change(output)) for change in changes.values()), *_copies(source, output, changed)]
+        try:
+            with closing(parallel(work, _WORKERS, limit=4 * _WORKERS, cost=lambda _: 1)) as steps:
+                for written in steps:
+                    done += written
+                    yield done, total
+        finally:
+            torch.set_num_threads(torch.get_num_threads())  # threads to come take what was set last
         assert done == total, f"{target.name}: wrote {done} of {total} bytes"
+
+
+def _alone(steps: Iterator[int]) -> Iterator[int]:
+    """Computed by the worker's thread alone: the workers together keep all processors busy, and pieces are too small to be
+    divided (half as long in all)."""
+    torch.set_num_threads(1)
+    yield from steps
 
 
 def _copies(source: Source, target: Target, changed: set[str]) -> list[Iterator[int]]:
