@@ -19,17 +19,43 @@ from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
 from .weights import Checkpoint
 
-Kind = Literal["dit", "vae", "text_encoder"]
-KIND_TITLES: dict[str, str] = {"dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder"}
+Kind = Literal["dit", "vae", "text_encoder", "vision_encoder"]
+KIND_TITLES: dict[str, str] = {
+    "dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder", "vision_encoder": "image encoder",
+}  # fmt: skip
 
-TextStates = dict[str, Tensor]
-"""What a text encoder made of one prompt; the names are the stems of the text cache's tensors."""
+States = dict[str, Tensor]
+"""What a transformer is told of one sample besides noise and time; the names are the stems of the caches' tensors."""
+
+TextStates = States
+"""Those that a text encoder made of one prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """How an image-to-video release takes its images.
+
+    states     name and shape of each of the States made of them; behind a single number stands the latents' size
+    vision     features of an image encoder are among them
+    end        where an end image goes: inside (it is the clip's last frame) or after (an extra latent frame behind it)
+    needs_end  it cannot do without one
+    """
+
+    states: tuple[tuple[str, tuple[int, ...]], ...]
+    vision: bool = False
+    end: Literal["inside", "after"] = "after"
+    needs_end: bool = False
+
+    def shapes(self, size: VideoSize) -> dict[str, tuple[int, ...]]:
+        """Name -> whole shape of the States with latents of this size."""
+        return {name: (*shape, *size) if len(shape) == 1 else shape for name, shape in self.states}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
-    models, one for each part of the noise levels."""
+    models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
+    cannot be used."""
 
     name: str
     title: str
@@ -39,8 +65,15 @@ class Variant:
     guidance: float
     training_shift: float
     negative_prompt: str = ""
-    needs_image: bool = False
+    images: ImageInput | None = None
     expert: str = ""
+    boundary: float = 0.0
+    unusable: str = ""
+
+    def levels(self, boundary: float = 0.0) -> tuple[float, float]:
+        """The sigmas that the release is used for; `boundary` where it is not its authors'."""
+        at = boundary or self.boundary
+        return {"high": (at, 1.0), "low": (0.0, at)}.get(self.expert, (0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +110,15 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> list[TextStates]:
         """One TextStates per prompt, on the CPU."""
+
+
+class VisionEncoder(Protocol):
+    """A loaded image encoder. `model` is the module to move between devices; `encode` follows it."""
+
+    model: nn.Module
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in -1..1 -> features (B, L, D) on the CPU."""
 
 
 class VAE(Protocol):
@@ -124,8 +166,13 @@ class Family:
     load_tokenizer  checkpoint of a text encoder -> Tokenizer
     text_states     names of the states that its text encoder gives
     load_text       (checkpoint, part, dtype, storing of its large weights or None) -> TextEncoder, on the CPU
-    conditions      one TextStates per sample -> keyword arguments of the transformer
-    to_comfyui      TextStates -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
+    load_vision     (checkpoint, part, dtype) -> VisionEncoder, on the CPU
+    image_states    (VAE, VisionEncoder or None, ImageInput, start and end (B, 3, H, W) in -1..1 or None, frames) ->
+                    States per clip
+    conditions      one States per sample -> keyword arguments of the transformer
+    check_states    (config, name -> shape of States, latent size) raises ValueError when the transformer cannot take them
+    to_comfyui      States -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
+    image_options   the options alone, of States without a prompt
     from_comfyui    the inverse, for conditioning made by ComfyUI's own encoders too
     """
 
@@ -148,6 +195,10 @@ class Family:
     load_tokenizer: Callable[[Checkpoint], Tokenizer]
     text_states: tuple[str, ...]
     load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
-    conditions: Callable[[Sequence[TextStates]], dict[str, Tensor]]
-    to_comfyui: Callable[[TextStates], tuple[Tensor, dict[str, Any]]]
-    from_comfyui: Callable[[Tensor, Mapping[str, Any]], TextStates]
+    load_vision: Callable[[Checkpoint, Part, torch.dtype], VisionEncoder]
+    image_states: Callable[[VAE, VisionEncoder | None, ImageInput, Tensor, Tensor | None, int], list[States]]
+    conditions: Callable[[Sequence[States]], dict[str, Tensor]]
+    check_states: Callable[[Any, Mapping[str, Sequence[int]], VideoSize], None]
+    to_comfyui: Callable[[States], tuple[Tensor, dict[str, Any]]]
+    image_options: Callable[[States], dict[str, Any]]
+    from_comfyui: Callable[[Tensor, Mapping[str, Any]], States]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 SCALES = ("scale_weight", "weight_scale")
 _NO_WEIGHTS = ("scaled_fp8", "spiece_model", "tokenizer", "tokenizer_json")
 _NO_WEIGHT_SUFFIXES = (".comfy_quant", ".position_ids", ".scale_input", ".input_scale")
+
+
+class View(NamedTuple):
+    """A tensor as a part of one in a file: some of its rows, in a shape of as many values."""
+
+    source: str
+    shape: tuple[int, ...]
+    rows: slice = slice(None)
 
 
 class Checkpoint:
@@ -43,6 +52,15 @@ class Checkpoint:
     def without_prefix(self, prefix: str) -> Checkpoint:
         """The same file, seen through the names that follow `prefix`."""
         return Checkpoint(self.path, self._all, self.metadata, self._read, prefix)
+
+    def viewed(self, views: Mapping[str, View]) -> Checkpoint:
+        """The same file as the tensors that `views` name, and no others."""
+
+        def read(name: str) -> Tensor:
+            return self.read(views[name].source)[views[name].rows].reshape(views[name].shape)
+
+        infos = {name: TensorInfo(view.shape, self.tensors[view.source].dtype) for name, view in views.items()}
+        return Checkpoint(self.path, infos, self.metadata, read)
 
     def dtypes(self, keymap: KeyMap) -> dict[str, torch.dtype]:
         """The dtype in which each of the model's parameters is stored."""
@@ -130,12 +148,13 @@ def load_into(
     dtype: torch.dtype | Callable[[str], torch.dtype],
     device: torch.device | str | Callable[[str], torch.device | str] = "cpu",
     stored: Mapping[str, Storing] = MappingProxyType({}),
+    kept: Callable[[Tensor], Tensor] = lambda whole: whole,
 ) -> nn.Module:
     """Fill a module that was built on the meta device, one tensor at a time; frozen, in inference behaviour.
 
     `dtype` and `device` are one for all, or chosen by the parameter's name. The weights named in `stored`, all of linear
-    layers, are kept as the function behind their name makes them, with their factors as buffers `weight_scale`. Raises
-    ValueError that lists what is missing, left over or of another shape.
+    layers, are kept as the function behind their name makes them, with their factors as buffers `weight_scale`. `kept`
+    makes of each tensor what this process keeps of it. Raises ValueError that lists what is missing, left over or of another shape.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     sources = {keymap.to_model(name): name for name in checkpoint.tensors}
@@ -145,9 +164,10 @@ def load_into(
         target = dtype(name) if callable(dtype) else dtype
         home = device(name) if callable(device) else device
         if name in stored:
-            state[name], scales[name] = stored[name](Stored(*_moved(checkpoint.read_stored(sources[name]), home)))
+            whole, scales[name] = stored[name](Stored(*_moved(checkpoint.read_stored(sources[name]), home)))
         else:
-            state[name] = checkpoint.read(sources[name], target).to(home)
+            whole = checkpoint.read(sources[name], target).to(home)
+        state[name] = kept(whole)
     module.load_state_dict(state, strict=True, assign=True)
     for name, scale in scales.items():
         module.get_submodule(name.removesuffix(".weight")).register_buffer("weight_scale", scale)

@@ -4,7 +4,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
-from .loaders import LoadDiT, LoadT5, LoadVAE
+from .images import EncodeImage
+from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE, LoadWanExperts
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
 from .planning import MemoryPlan
 from .previews import PreviewSettingsNode
@@ -23,12 +24,12 @@ from .settings import (
 from .training import Train
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadDiT, LoadVAE, LoadT5,
+    LoadDiT, LoadWanExperts, LoadVAE, LoadT5, LoadCLIPVision,
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
     MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
-    EncodeText, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
+    EncodeText, EncodeImage, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
     LoadLoRA, ApplyLoRA, MergeLoRA,
 ]  # fmt: skip
 

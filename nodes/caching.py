@@ -82,6 +82,17 @@ class CacheLatents(io.ComfyNode):
             inputs=[
                 handles.Datasets.Input("datasets", tooltip="From a data set node."),
                 handles.Vae.Input("vae", tooltip="The VAE of the model to be trained."),
+                handles.DiT.Input(
+                    "dit",
+                    optional=True,
+                    tooltip="The model to be trained, if it is an image-to-video model: what "
+                    "it is told of a clip's first frame is cached too.",
+                ),
+                handles.VisionEncoderType.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="For Wan 2.1 image-to-video, which also sees the first frame with CLIP.",
+                ),
                 io.Int.Input(
                     "batch_size",
                     default=1,
@@ -103,19 +114,22 @@ class CacheLatents(io.ComfyNode):
     fingerprint_inputs = classmethod(_each_run)
 
     @classmethod
-    def execute(cls, datasets, vae: handles.VAEFile, batch_size: int = 1, delete_stale: bool = False) -> io.NodeOutput:
+    def execute(cls, datasets, vae: handles.VAEFile, batch_size: int = 1, delete_stale: bool = False,
+                dit: handles.DiTFile | None = None, clip_vision: handles.VisionEncoderFile | None = None) -> io.NodeOutput:  # fmt: skip
         node_id, progress = cls.hidden.unique_id, Progress(cls.hidden.unique_id)
+        images = handles.image_plan(dit, clip_vision)
 
         def checking(done: int, total: int) -> None:
             progress.update(done, total, f"checking clip {done + 1} of {total}")
 
-        plans = [planning.plan_latents(dataset, vae.family, vae.identity, checking) for dataset in datasets]
+        plans = [planning.plan_latents(dataset, vae.family, vae.identity, checking, images) for dataset in datasets]
         windows = [window for plan in plans for window in plan.windows]
         planning.check_distinct(windows)
         largest = max((window.size for window in windows), key=lambda size: size.height * size.width)
         steps = caching.cache_latents(
-            plans, vae.family, lambda: vae.load(largest, batch_size), mm.get_torch_device(), batch_size
-        )
+            plans, vae.family, lambda: vae.load(largest, batch_size), mm.get_torch_device(), batch_size,
+            lambda: clip_vision and clip_vision.load(),
+        )  # fmt: skip
         counts = _counts("latents", _follow(steps, node_id, "latents"), windows)
         left_out = [item for plan in plans for item in plan.left_out]
         stale = _stale(windows, vae.family, delete_stale, left_out)

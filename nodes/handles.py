@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,24 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..core.data.planning import Dataset, LatentPlan, PlannedText
-from ..core.devices import compute_dtype
+from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
+from ..core.devices import compute_dtype, free_memory
 from ..core.families import FAMILIES, open_part
-from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant
+from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
+from ..core.io.safetensors import read_header
+from ..core.lora.adapter import attached
 from ..core.lora.inventory import Matrix, inventory
-from ..core.lora.stack import LoadedLoRA, StackEntry, load_stack
+from ..core.lora.stack import LoadedLoRA, StackEntry, adapters, load_stack
 from ..core.modules.quantized import STORINGS
 from ..core.modules.tiling import TiledVAE
+from ..core.sampling.experts import ExpertPair
 from ..core.shapes import VideoSize
 from ..core.weights import load_into, shards
 
 DiT = io.Custom("VIDEOLORA_DIT")
 Vae = io.Custom("VIDEOLORA_VAE")
+VisionEncoderType = io.Custom("VIDEOLORA_VISION_ENCODER")
 TextEncoderType = io.Custom("VIDEOLORA_TEXT_ENCODER")
 Datasets = io.Custom("VIDEOLORA_DATASETS")
 LatentCacheType = io.Custom("VIDEOLORA_LATENT_CACHE")
@@ -56,7 +61,7 @@ class Slot:
 
     def __init__(self) -> None:
         self.patcher: ModelPatcher | None = None
-        self.encoder: TextEncoder | None = None
+        self.encoder: TextEncoder | VisionEncoder | None = None
         self._all.add(self)
 
     def on_device(
@@ -74,6 +79,13 @@ class Slot:
             raise ValueError(f"the model needs {needed / 2**30:.1f} GiB and {mm.get_free_memory(device) / 2**30:.1f} GiB are free on "
                              f"{device}: use a smaller model, or start ComfyUI without --novram.")  # fmt: skip
         return module
+
+    def release(self) -> None:
+        """Give back the memory of this model; it is read again when it is needed again."""
+        self.patcher = self.encoder = None
+        gc.collect()
+        mm.cleanup_models()
+        mm.soft_empty_cache()
 
     @classmethod
     def release_all(cls) -> None:
@@ -151,15 +163,27 @@ class TextEncoderFile(ModelFile):
         return self.slot.encoder
 
 
+class VisionEncoderFile(ModelFile):
+    def load(self) -> VisionEncoder:
+        """The image encoder on the compute device."""
+        if self.slot.encoder is None:
+            self.slot.encoder = self.family.load_vision(*open_part(self.path, "vision_encoder"), self.dtype)
+        self.slot.on_device(lambda: self.slot.encoder.model, memory=0)
+        return self.slot.encoder
+
+
 @dataclass(frozen=True)
 class DiTFile(ModelFile):
-    """A transformer, and the LoRAs that are applied when it is used."""
+    """A transformer, and the LoRAs that are applied when it is used. One that is the high-noise expert of a pair has the
+    other as `low`, and is used from sigma `boundary` on."""
 
     variant: Variant = None
     prefix: str = ""
     matrices: tuple[Matrix, ...] = ()
     loras: tuple[StackEntry, ...] = ()
     allow_overlap: bool = False
+    low: DiTFile | None = None
+    boundary: float = 0.0
 
     @classmethod
     def open(cls, path: Path, variant: str) -> DiTFile:
@@ -169,13 +193,67 @@ class DiTFile(ModelFile):
             raise ValueError(f"{path.name} is no {variant}: its tensors are those of {' or '.join(part.variants)}.")
         family = FAMILIES[part.family]
         chosen = family.variants[part.variants[0] if variant == "auto" else variant]
-        if chosen.needs_image:
-            raise ValueError(f"{chosen.title} is recognised, but only text-to-video models can be used so far.")
+        if chosen.unusable:
+            raise ValueError(f"{chosen.title} is recognised, but cannot be used: {chosen.unusable}.")
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=tuple(inventory(family, shapes)))
 
+    @property
+    def experts(self) -> tuple[DiTFile, ...]:
+        """The model itself, or both experts of a pair, each without the other."""
+        return (self,) if self.low is None else (replace(self, low=None), self.low)
+
+    def with_low(self, low: DiTFile, boundary: float) -> DiTFile:
+        """This and the expert for low noise as one. Raises ValueError when they are no pair."""
+        if (
+            (self.variant.expert, low.variant.expert) != ("high", "low")
+            or self.matrices != low.matrices
+            or self.part.config != low.part.config
+        ):
+            raise ValueError(f"{self.path.name} and {low.path.name} are no pair of experts for high and low noise: they are "
+                             f"{self.part.title} and {low.part.title}.")  # fmt: skip
+        return replace(self, low=low, boundary=boundary or self.variant.boundary)
+
     def with_loras(self, loras: tuple[StackEntry, ...], allow_overlap: bool) -> DiTFile:
+        """With these LoRAs too; of a pair, each expert with those that were not made for the other."""
+        if self.low is not None:
+            high, low = (
+                expert.with_loras(
+                    tuple(one for one in loras if _made_for(one, expert.family) in ("", expert.variant.expert)),
+                    allow_overlap,
+                )
+                for expert in self.experts
+            )
+            return replace(high, low=low)
         return replace(self, loras=self.loras + loras, allow_overlap=self.allow_overlap or allow_overlap)
+
+    @contextmanager
+    def at_work(self, latents: torch.Tensor, guidance: Mapping[str, float]) -> Iterator[torch.nn.Module | ExpertPair]:
+        """The transformer with its LoRAs, for latents of this shape. Of a pair an expert is loaded when it is first needed,
+        and the other is let go of where the host's memory cannot hold both."""
+        files = {expert.variant.expert: (expert, expert.load_stack()) for expert in self.experts}
+        with ExitStack() as stack:
+            using: dict[str, torch.nn.Module] = {}
+
+            def use(name: str) -> torch.nn.Module:
+                if name not in using:
+                    stack.close()
+                    using.clear()
+                    file, loras = files[name]
+                    for other, _ in files.values():
+                        if other is not file and other.slot.patcher is not None and not file.fits_beside():
+                            other.slot.release()
+                    model = file.load(latents)
+                    stack.enter_context(attached(model, adapters(loras, mm.get_torch_device(), file.dtype)))
+                    using[name] = model
+                return using[name]
+
+            yield use(self.variant.expert) if self.low is None else ExpertPair(self.boundary, use, guidance)
+
+    def fits_beside(self) -> bool:
+        """Whether the host's memory has room for its weights beside what is there, or they are there already."""
+        size = sum(path.stat().st_size for path in shards(self.path))
+        return self.slot.patcher is not None or size < free_memory(torch.device("cpu"))
 
     def load(self, latents: torch.Tensor) -> torch.nn.Module:
         """The transformer on the compute device, without its LoRAs, for latents of this shape."""
@@ -186,6 +264,25 @@ class DiTFile(ModelFile):
     def load_stack(self) -> list[LoadedLoRA]:
         """The LoRAs, read and checked."""
         return load_stack(self.loras, self.family, self.variant, self.matrices, allow_overlap=self.allow_overlap)
+
+
+def _made_for(entry: StackEntry, family: Family) -> str:
+    """The expert that a LoRA was trained for, by what its file says; nothing when it says nothing."""
+    metadata = read_header(entry.path).metadata if entry.path.suffix == ".safetensors" else {}
+    variant = family.variants.get(metadata.get("videolora_variant", ""))
+    named = metadata.get("ss_loraid_expert", variant.expert if variant else "")
+    return "" if named == "both" else named
+
+
+def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> ImagePlan | None:
+    """What an image-to-video model needs of each clip's images, None for another. Raises ValueError when the image encoder
+    is missing, or too many."""
+    images = dit.variant.images if dit else None
+    if bool(clip_vision) != bool(images and images.vision):
+        name = dit.variant.title if dit else "no model"
+        raise ValueError(f"{name} is linked, and it takes no CLIP image encoder: take it away, or link the model that does."
+                         if clip_vision else f"{name} also sees images with CLIP: link Load CLIP Image Encoder.")  # fmt: skip
+    return images and ImagePlan(input=images, encoder_identity=clip_vision.identity if clip_vision else "")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class LoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         variants = [
-            name for family in FAMILIES.values() for name, variant in family.variants.items() if not variant.needs_image
+            name for family in FAMILIES.values() for name, variant in family.variants.items() if not variant.unusable
         ]
         return io.Schema(
             node_id="VideoLoRALoadDiT",
@@ -49,6 +49,60 @@ class LoadDiT(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, variant: str) -> io.NodeOutput:
         return io.NodeOutput(handles.DiTFile.open(paths.model_path("diffusion_models", model), variant))
+
+
+class LoadWanExperts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        models = paths.model_files("diffusion_models")
+        return io.Schema(
+            node_id="VideoLoRALoadWanExperts",
+            display_name="Load Wan 2.2 Experts",
+            category=CATEGORY,
+            description="Opens the two transformers of Wan 2.2 A14B, one for high noise and one for low noise, to be used as one "
+            "model for training and sampling. Each is read when it is needed; where memory is short only one is held.",
+            inputs=[
+                io.Combo.Input("high", options=models, tooltip="The high-noise expert, in ComfyUI's models/diffusion_models."),
+                io.Combo.Input("low", options=models, tooltip="The low-noise expert."),
+                io.Float.Input("boundary", default=0.0, min=0.0, max=0.999, step=0.005, round=0.001, optional=True, advanced=True,
+                               tooltip="From this noise level on the high-noise expert is used, below it the other one. 0: what the "
+                               "authors recommend (0.875 text-to-video, 0.9 image-to-video)."),
+                handles.Stack.Input("high_loras", optional=True, tooltip="LoRAs for the high-noise expert alone. LoRAs in Apply "
+                                    "LoRAs go to the experts that they were trained for, or to both."),
+                handles.Stack.Input("low_loras", optional=True, tooltip="LoRAs for the low-noise expert alone."),
+            ],
+            outputs=[handles.DiT.Output("dit", display_name="dit")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, high: str | None, low: str | None) -> bool | str:
+        for name, expert in ((high, "high"), (low, "low")):
+            said = _checked(_open_expert, "diffusion_models", name, expert)
+            if said is not True:
+                return said
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, high: str, low: str, **_: object) -> list:
+        return [paths.model_state("diffusion_models", name) for name in (high, low)]
+
+    @classmethod
+    def execute(cls, high: str, low: str, boundary: float = 0.0, high_loras=(), low_loras=()) -> io.NodeOutput:
+        opened = (
+            _open_expert(paths.model_path("diffusion_models", name), expert).with_loras(loras, False)
+            for name, expert, loras in ((high, "high", high_loras), (low, "low", low_loras))
+        )
+        return io.NodeOutput(next(opened).with_low(next(opened), boundary))
+
+
+def _open_expert(path: Path, expert: str) -> handles.DiTFile:
+    """The file as this expert of a pair; the files of both have the same tensors. ValueError when it is none."""
+    _, part = open_part(path, "dit")
+    variants = FAMILIES[part.family].variants
+    fitting = [name for name in part.variants if variants[name].expert == expert]
+    if not fitting:
+        raise ValueError(f"{path.name} is {part.title}, no expert of Wan 2.2: use Load Video DiT for it.")
+    return handles.DiTFile.open(path, fitting[0])
 
 
 class LoadVAE(io.ComfyNode):
@@ -124,6 +178,37 @@ class LoadT5(io.ComfyNode):
     def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
         path = paths.model_path("text_encoders", model)
         return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
+
+
+class LoadCLIPVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadCLIPVision",
+            display_name="Load CLIP Image Encoder",
+            category=CATEGORY,
+            description="Opens the CLIP ViT-H image encoder, with which Wan 2.1 image-to-video looks at the start image.",
+            inputs=[
+                io.Combo.Input("model", options=paths.model_files("clip_vision"),
+                               tooltip="A file in ComfyUI's models/clip_vision: clip_vision_h.safetensors, or the official "
+                               "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."),
+                _precision("image encoder", handles.PRECISIONS),
+            ],
+            outputs=[handles.VisionEncoderType.Output("clip_vision", display_name="clip vision")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        return _checked(open_part, "clip_vision", model, "vision_encoder")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
+        return paths.model_state("clip_vision", model)
+
+    @classmethod
+    def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
+        path = paths.model_path("clip_vision", model)
+        return io.NodeOutput(handles.VisionEncoderFile(path, open_part(path, "vision_encoder")[1], precision))
 
 
 def _precision(what: str, options: Sequence[str], more: str = "") -> io.Combo.Input:

@@ -68,8 +68,12 @@ class ApplyLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, loras: tuple[StackEntry, ...], allow_overlap: bool) -> io.NodeOutput:
         applied = dit.with_loras(loras, allow_overlap)
-        stack = applied.load_stack()
-        text = report(stack, switched_off=len(applied.loras) - len(stack))
+        parts = []
+        for expert in applied.experts:
+            stack = expert.load_stack()
+            title = f"{expert.variant.title}:\n" if applied.low else ""
+            parts.append(title + report(stack, switched_off=len(expert.loras) - len(stack)))
+        text = "\n".join(parts)
         say(text, cls.hidden.unique_id)
         return io.NodeOutput(applied, text)
 
@@ -98,6 +102,8 @@ class MergeLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, name: str) -> io.NodeOutput:
+        if dit.low:
+            raise ValueError("two experts are merged one at a time: link Load Video DiT with each of them.")
         stack = dit.load_stack()
         if not stack:
             raise ValueError(

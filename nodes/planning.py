@@ -36,6 +36,7 @@ class MemoryPlan(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Clips at once."),
                 io.Float.Input("free_gib", default=0.0, min=0.0, max=1024.0, step=0.5, round=0.1,
                                tooltip="Free memory of the card in GiB. 0: what this one has."),
+                io.Int.Input("gpus", default=1, min=1, max=64, optional=True, advanced=True, tooltip="As for the training."),
                 handles.LoraidType.Input("loraid", optional=True, tooltip="As for the training."),
                 handles.Network.Input("network", optional=True, tooltip="As for the training."),
                 handles.Optimizer.Input("optimizer", optional=True, tooltip="As for the training."),
@@ -57,12 +58,14 @@ class MemoryPlan(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, dit: handles.DiTFile, width: int, height: int, frames: int, batch_size: int, free_gib: float,
+    def execute(cls, dit: handles.DiTFile, width: int, height: int, frames: int, batch_size: int, free_gib: float, gpus: int = 1,
                 loraid: Loraid | None = None, network: NetworkSettings | None = None,
                 optimizer: OptimizerSettings | None = None, memory: MemorySettings | None = None) -> io.NodeOutput:  # fmt: skip
         family, device = dit.family, mm.get_torch_device()
         checkpoint, part = open_part(dit.path, "dit")
-        states = family.from_comfyui(torch.ones(1, 1, part.text_width), {})
+        size, images = family.latent.latents(VideoSize(frames, height, width)), dit.variant.images
+        told = {name: torch.zeros(shape) for name, shape in (images.shapes(size) if images else {}).items()}
+        states = {**family.from_comfyui(torch.ones(1, 1, part.text_width), {}), **told}
         whole = {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
         rows = allocate(dit.matrices, loraid).rows if loraid else whole
         subject = planner.Subject(
@@ -71,8 +74,9 @@ class MemoryPlan(io.ComfyNode):
             rows=network.chosen(rows, whole) if network else rows,
             network=network or NetworkSettings(),
             optimizer_bytes=(optimizer or OptimizerSettings()).kind.state_bytes,
-            latents=(batch_size, family.latent.channels, *family.latent.latents(VideoSize(frames, height, width))),
-            conditions=family.conditions([states] * batch_size),
+            latents=(batch_size, family.latent.channels, *size),
+            conditions=family.conditions([states] * batch_size), processes=gpus,
+            networks=len(dit.experts),
         )  # fmt: skip
         free = int(free_gib * 2**30) or free_memory(device)
         text = planner.report(subject, memory or MemorySettings(), free, free_memory(torch.device("cpu")))

@@ -9,8 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.families import check_size
-from ..core.lora.adapter import attached
-from ..core.lora.stack import adapters
+from ..core.family import States
 from ..core.sampling.guidance import CFG_SKIP_MODES
 from ..core.sampling.sample import decode, sample
 from ..core.sampling.schedule import Schedule
@@ -165,6 +164,8 @@ class Sample(io.ComfyNode):
                                "what the model's authors recommend (5 for Wan 2.1)."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The same seed gives the same video; the same noise as ComfyUI's own samplers."),
+                io.Float.Input("low_guidance", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01, optional=True, advanced=True,
+                               tooltip="Of the low-noise expert of Wan 2.2. 0: as guidance."),
             ],
             outputs=[io.Latent.Output("sampled", display_name="latent")],
             hidden=[io.Hidden.unique_id],
@@ -172,27 +173,31 @@ class Sample(io.ComfyNode):
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, positive, latent, schedule: Schedule, guidance: float, seed: int,
-                negative=None) -> io.NodeOutput:  # fmt: skip
+                negative=None, low_guidance: float = 0.0) -> io.NodeOutput:  # fmt: skip
         family, samples = dit.family, latent["samples"]
         start = family.latent.to_model(samples.float())
         if "noise_mask" in latent or samples.any():
             raise ValueError(
                 "the latent is not empty: only sampling from noise is possible so far. Link Empty Video Latent."
             )
-        loaded = dit.load_stack()
-        model = dit.load(start)
-        device = mm.get_torch_device()
-        steps = sample(model, family, start, _states(dit, positive), negative and _states(dit, negative), schedule,
-                       guidance or dit.variant.guidance, seed, device)  # fmt: skip
+        told, away = (conditioning and _states(dit, conditioning, start) for conditioning in (positive, negative))
+        if low_guidance and dit.low is None:
+            raise ValueError("low_guidance is for a pair of experts, and this is one model: set it to 0.")
+        scales = {one.variant.expert: guidance or one.variant.guidance for one in dit.experts}
+        scales |= {"low": low_guidance} if low_guidance else {}
         progress = Progress(cls.hidden.unique_id, schedule.steps)
-        with attached(model, adapters(loaded, device, dit.dtype)), closing(steps):
-            for done, reached in enumerate(steps, start=1):
-                progress.update(done, schedule.steps)
-                sampled = reached
+        with dit.at_work(start, scales) as model:
+            scale = model.guidance_at if dit.low else scales[dit.variant.expert]
+            steps = sample(model, family, start, told, away, schedule, scale, seed, mm.get_torch_device())
+            with closing(steps):
+                for done, reached in enumerate(steps, start=1):
+                    progress.update(done, schedule.steps)
+                    sampled = reached
         return io.NodeOutput({**latent, "samples": family.latent.from_model(sampled).to(samples.device)})
 
 
-def _states(dit: handles.DiTFile, conditioning):
+def _states(dit: handles.DiTFile, conditioning, latents: torch.Tensor) -> States:
+    """What the model is told, checked: it must be able to take all of it with these latents."""
     if len(conditioning) != 1:
         raise ValueError(f"the conditioning has {len(conditioning)} parts; one prompt at a time can be sampled.")
     cross_attn, options = conditioning[0]
@@ -200,7 +205,10 @@ def _states(dit: handles.DiTFile, conditioning):
     if cross_attn.shape[-1] != width:
         raise ValueError(f"the conditioning has width {cross_attn.shape[-1]} and {dit.variant.title} takes {width}: it was "
                          "made by the text encoder of another model.")  # fmt: skip
-    return dit.family.from_comfyui(cross_attn, options)
+    states = dit.family.from_comfyui(cross_attn, options)
+    shapes = {name: value.shape for name, value in states.items()}
+    dit.family.check_states(dit.part.config, shapes, VideoSize(*latents.shape[2:]))
+    return states
 
 
 class Decode(io.ComfyNode):
@@ -214,16 +222,27 @@ class Decode(io.ComfyNode):
             inputs=[
                 handles.Vae.Input("vae", tooltip="The VAE of the model."),
                 io.Latent.Input("latent", tooltip="From Sample Video, or any latent of this model."),
+                io.Int.Input(
+                    "trim_tail_frames",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Leave out so many frames at the end: 3 where an end image was added to a model that was not "
+                    "made for it.",
+                ),
             ],
             outputs=[io.Image.Output("frames", display_name="frames")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, vae: handles.VAEFile, latent) -> io.NodeOutput:
+    def execute(cls, vae: handles.VAEFile, latent, trim_tail_frames: int = 0) -> io.NodeOutput:
         family, samples = vae.family, latent["samples"]
         family.latent.check_latents(samples)
         pixels = family.latent.pixels(VideoSize(*samples.shape[2:]))
+        if trim_tail_frames >= pixels.frames:
+            raise ValueError(f"{trim_tail_frames} of {pixels.frames} frames are to be left out: leave some.")
         images = torch.empty(len(samples) * pixels.frames, pixels.height, pixels.width, 3)
         progress = Progress(cls.hidden.unique_id, len(images))
         model = vae.load(pixels)
@@ -232,4 +251,5 @@ class Decode(io.ComfyNode):
                 begin = index * pixels.frames + first
                 images[begin : begin + len(frames)] = frames
                 progress.update(begin + len(frames), len(images))
-        return io.NodeOutput(images)
+        kept = images.unflatten(0, (len(samples), pixels.frames))[:, : pixels.frames - trim_tail_frames]
+        return io.NodeOutput(kept.flatten(0, 1))

@@ -31,7 +31,7 @@ from ..core.training.job import (
 from ..core.training.loss import WEIGHTINGS
 from ..core.training.optimizers import OPTIMIZERS
 from ..core.training.schedules import SCHEDULES
-from ..core.training.timesteps import DENSITIES, SAMPLINGS
+from ..core.training.timesteps import DENSITIES, SAMPLINGS, WHOLE
 from . import handles, paths
 from .progress import say
 
@@ -298,7 +298,8 @@ class ShowTimesteps(io.ComfyNode):
         latent = dit.family.latent
         tokens = latent.tokens(latent.latents(VideoSize(1, height, width)))
         settings = timesteps or TimestepSettings()
-        picture, report = chart.show(settings, dit.variant.training_shift, tokens, f"{width}x{height}")
+        levels = settings.levels(dit.variant) if dit.low is None else WHOLE
+        picture, report = chart.show(settings, dit.variant.training_shift, tokens, f"{width}x{height}", levels)
         say(report, cls.hidden.unique_id)
         return io.NodeOutput(_image(picture), report)
 
@@ -334,6 +335,9 @@ class MemorySettingsNode(io.ComfyNode):
                 io.Int.Input("block_swap", default=default["block_swap"], min=0, max=100, optional=True,
                              tooltip="So many blocks of the model stay in the computer's memory and visit the card two at a time. "
                              "More need less of the card; up to all of them."),
+                io.Boolean.Input("shard", default=default["shard"], optional=True, advanced=True,
+                                 tooltip="GPUs that train together divide the model among them, for one that fits none of them. "
+                                 "Slower than each holding all of it."),
                 io.Combo.Input("attention", options=list(BACKENDS), default=default["attention"], optional=True,
                                tooltip="How attention is computed. sdpa is always there; flash, flash3 and xformers need their "
                                "packages; sage cannot train."),
@@ -345,12 +349,13 @@ class MemorySettingsNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, gradient_checkpointing, precision, mode="auto", offload_checkpoints=False, block_swap=0, attention="sdpa",
-        compile=False,
+        cls, gradient_checkpointing, precision, mode="auto", offload_checkpoints=False, block_swap=0, shard=False,
+        attention="sdpa", compile=False,
     ) -> bool | str:  # fmt: skip
         return _checked(
             MemorySettings, gradient_checkpointing=gradient_checkpointing, precision=precision, mode=mode,
-            offload_checkpoints=offload_checkpoints, block_swap=block_swap, attention=attention, compile=compile,
+            offload_checkpoints=offload_checkpoints, block_swap=block_swap, shard=shard, attention=attention,
+            compile=compile,
         )  # fmt: skip
 
     @classmethod

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
-import torch
 from comfy_api.latest import io
 from PIL import Image
 
@@ -23,6 +22,7 @@ from ..core.lora.network import read_start
 from ..core.lora.stack import StackEntry
 from ..core.training import run as runs
 from ..core.training.job import (
+    Expert,
     Job,
     NetworkSettings,
     OptimizerSettings,
@@ -32,11 +32,10 @@ from ..core.training.job import (
 )
 from ..core.training.run import PREVIEW_SUFFIXES, REQUESTS, STOP, MetricsReader, Run
 from ..core.training.watching import BANDS, average, band_losses
-from . import handles, paths
+from . import gpus, handles, paths
 from .progress import Progress, say
 
 CATEGORY = "VideoLoRA/training"
-_POLL_SECONDS = 0.2
 _CORE = Path(__file__).resolve().parents[1] / "core"
 
 
@@ -48,7 +47,8 @@ class Train(io.ComfyNode):
             display_name="Train Video LoRA",
             category=CATEGORY,
             description="Trains a LoRA in a process of its own. Cancel stops after the running step with everything saved; "
-            "queue the same again to go on. A finished training is found again and returned at once.",
+            "queue the same again to go on. A finished training is found again and returned at once. With several GPUs the "
+            "trainings of a workflow run at the same time.",
             inputs=[
                 handles.DiT.Input("dit", tooltip="The model to train on."),
                 handles.LatentCacheType.Input("latents", lazy=True, tooltip="The clips, from Cache Latents."),
@@ -108,16 +108,18 @@ class Train(io.ComfyNode):
         optimizer.kind.check_installed()
         optimizer.check(steps)
         settings.get("watch", WatchSettings()).check_installed()
-        _check_gpus(settings.get("gpus", 1))
-        if dit.loras:
+        gpus.check(settings.get("gpus", 1))
+        if any(expert.loras for expert in dit.experts):
             raise ValueError(
                 "the model to train on has LoRAs applied to it: merge them first, or link the loader itself."
             )
-        _refuse_to_overwrite(paths.output_file("loras", name))
+        for expert in dit.experts:
+            ending = f"_{expert.variant.expert}" if dit.low else ""
+            _refuse_to_overwrite(paths.output_file("loras", name.removesuffix(".safetensors") + ending))
         return [missing for missing, value in (("latents", latents), ("text", text)) if value is None]
 
     @classmethod
-    def execute(cls, dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache, name: str, steps: int,
+    async def execute(cls, dit: handles.DiTFile, latents: handles.LatentCache, text: handles.TextCache, name: str, steps: int,
                 seed: int, loraid: Loraid | None = None, **settings: Any) -> io.NodeOutput:  # fmt: skip
         target = paths.output_file("loras", name)
         job = Job(
@@ -131,20 +133,26 @@ class Train(io.ComfyNode):
             steps=steps,
             seed=seed,
             loraid=loraid,
+            low=dit.low and _low_expert(dit.low),
+            boundary=dit.boundary,
             **settings,
         )
         run = Run.of(job, paths.runs_folder())
         if not _is_finished(run, job):
-            _train(run, job, Progress(cls.hidden.unique_id, job.steps))
+            await _train(run, job, Progress(cls.hidden.unique_id, job.steps))
         metrics = run.metrics()
         summary = _summary(run, job, metrics)
         say(summary["text"], cls.hidden.unique_id)
         return io.NodeOutput(
-            (StackEntry(job.final_path, 1.0, loraid.number if loraid else 0),),
-            str(job.final_path),
+            tuple(StackEntry(path, 1.0, loraid.number if loraid else 0) for path in job.final_paths),
+            "\n".join(map(str, job.final_paths)),
             {"loss": [entry["loss"] for entry in metrics if entry["loss"] is not None]},
             ui={"videolora_run": [summary], **_newest_previews(run)},
         )
+
+
+def _low_expert(dit: handles.DiTFile) -> Expert:
+    return Expert(name="low", variant=dit.variant.name, dit=str(dit.path), dit_fingerprint=fingerprint(dit.path))
 
 
 def _refuse_to_overwrite(target: Path) -> None:
@@ -168,6 +176,9 @@ def _training_sets(
     sets = []
     for plan in latents.plans:
         config, items = plan.dataset.config, []
+        if dit.variant.images and (plan.images is None or plan.images.input != dit.variant.images):
+            raise ValueError(f"the latents were cached without what {dit.variant.title} is told of the clips' images: link the "
+                             "model to Cache Latents, and queue again.")  # fmt: skip
         for window in plan.windows:
             caption = captions.get((config.cache, window.item.key))
             if caption is None:
@@ -175,7 +186,7 @@ def _training_sets(
                                  "to Cache Latents and Cache Text.")  # fmt: skip
             items.append(TrainingItem(
                 latents=str(window.path), text=str(caption.path), size=tuple(dit.family.latent.latents(window.size)),
-                fingerprints=(window.fingerprint, caption.fingerprint),
+                fingerprints=(window.content if dit.variant.images else window.fingerprint, caption.fingerprint),
             ))  # fmt: skip
         sets.append(TrainingSet(title=config.title, batch_size=config.batch_size, num_repeats=config.num_repeats,
                                 items=tuple(items), settings=describe(config)))  # fmt: skip
@@ -186,27 +197,32 @@ def _is_finished(run: Run, job: Job) -> bool:
     if run.status()["state"] != runs.FINISHED:
         return False
     try:
-        return safetensors.read_header(job.final_path).metadata.get("videolora_job") == job.digest
+        made = [safetensors.read_header(path).metadata.get("videolora_job") for path in job.final_paths]
+        return all(digest == job.digest for digest in made)
     except (OSError, ValueError):
         return False
 
 
-def _train(run: Run, job: Job, progress: Progress) -> None:
+async def _train(run: Run, job: Job, progress: Progress) -> None:
     """Start the run's process, or join it, and follow it to its end."""
-    process = None
-    if not run.is_alive():
-        handles.Slot.release_all()
-        process = _start(run)
-    try:
-        view = _View(run, job, progress)
-        while _at_work(run, process):
-            view.show()
-            time.sleep(_POLL_SECONDS)
-    except mm.InterruptProcessingException:
-        run.ask(STOP)
-        while _at_work(run, process):
-            time.sleep(_POLL_SECONDS)
-        raise
+    joins = run.is_alive()
+    async with gpus.taken(job.gpus, run.gpus() if joins else ()) as share:
+        if not joins and not share.leaves_comfyui_alone:
+            handles.Slot.release_all()
+        process = None if joins else _start(run, share)
+        try:
+            view = _View(run, job, progress)
+            while _at_work(run, process):
+                view.show()
+                await share.wait()
+        except (
+            mm.InterruptProcessingException,
+            asyncio.CancelledError,
+        ):  # by the user, or with the rest of the workflow
+            run.ask(STOP)
+            while _at_work(run, process):
+                await share.wait()
+            raise
     status = run.status()
     if status["state"] == runs.FAILED:
         raise RuntimeError(f"Training failed: {status['error']}\n\nThe end of {run.log}:\n{run.log_end()}")
@@ -225,27 +241,21 @@ def _at_work(run: Run, process: subprocess.Popen | None) -> bool:
     return process.poll() is None if process else run.is_alive()
 
 
-def _check_gpus(count: int) -> None:
-    """Raise ValueError when there are not so many."""
-    present = torch.cuda.device_count()
-    if mm.get_torch_device().type == "cuda" and count > present:
-        raise ValueError(f"gpus is {count}, and this machine has {present}: use {present} or fewer.")
-
-
-def _start(run: Run) -> subprocess.Popen:
+def _start(run: Run, share: gpus.Share) -> subprocess.Popen:
     """The worker: this Python, our own file, no shell. It lives on when ComfyUI is closed; the run can then be joined."""
     user_site = ["-s"] if sys.flags.no_user_site else []
     processes = run.job().gpus
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     worker = [str(_CORE), "train", str(run.folder), mm.get_torch_device().type]
     command = [sys.executable, *user_site, *launcher, *worker]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, **share.environment, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     detached: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
         if os.name == "nt"
         else {"start_new_session": True}
     )
     run.forget(*REQUESTS)
+    run.keep_gpus(share.numbers)
     run.write_status(runs.STOPPED, _last_step(run))  # an earlier failure is not this one's
     with open(run.log, "w", encoding="utf-8") as log:
         return subprocess.Popen(

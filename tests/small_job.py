@@ -21,17 +21,22 @@ from videolora.core.training.job import (
 WAN = FAMILIES["wan"]
 
 
-def make(folder):
-    """The checkpoint and the clips, in `folder`."""
-    _, weights = reference.vector("wan21_t2v")
+def make(folder, vector="wan21_t2v", variant="2.1-t2v-1.3B"):
+    """The checkpoint and the clips, in `folder`, with image states where the variant takes images."""
+    _, weights = reference.vector(vector)
     save_file(weights, folder / "dit.safetensors")
+    images = WAN.variants[variant].images
     generator = torch.Generator().manual_seed(0)
     items = []
     for index in range(5):
         size = VideoSize(5, 32, 48) if index < 3 else VideoSize(1, 48, 32)
         latents, text = folder / f"{index}_latents.safetensors", folder / f"{index}_te.safetensors"
         shape = WAN.latent.latents(size)
-        cache_files.save_latents(latents, torch.randn(16, *shape, generator=generator), size, WAN, str(index))
+        data = torch.randn(16, *shape, generator=generator)
+        states = {
+            name: torch.randn(s, generator=generator) for name, s in (images.shapes(shape) if images else {}).items()
+        }
+        cache_files.save_latents(latents, data, size, WAN, str(index), states, "images" if images else "")
         cache_files.save_text(text, {"varlen_t5": torch.randn(4 + index, 4096, generator=generator)}, "a clip", WAN, "")
         items.append(
             TrainingItem(latents=str(latents), text=str(text), size=tuple(shape), fingerprints=(str(index), ""))

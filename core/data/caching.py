@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..family import VAE, Family, TextEncoder
+from ..family import VAE, Family, TextEncoder, VisionEncoder
 from ..prefetch import parallel
 from ..shapes import VideoSize
 from . import cache_files
@@ -55,9 +55,10 @@ class _Batch:
 
 
 def cache_latents(
-    plans: Sequence[LatentPlan], family: Family, load_vae: Callable[[], VAE], device: torch.device, batch_size: int = 1
-) -> Iterator[CacheStep]:
-    """Make the latent files that are missing or out of date. The VAE is loaded only when there is something to do.
+    plans: Sequence[LatentPlan], family: Family, load_vae: Callable[[], VAE], device: torch.device, batch_size: int = 1,
+    load_vision: Callable[[], VisionEncoder | None] = lambda: None,
+) -> Iterator[CacheStep]:  # fmt: skip
+    """Make the latent files that are missing or out of date. The encoders are loaded only when there is something to do.
 
     An item that cannot be read is reported as failed, moved to its plan's `left_out`, and the run goes on. Stop by not
     asking for the next step: everything that was reported is on the disk. Raises OSError before anything is made when
@@ -78,7 +79,7 @@ def cache_latents(
     if not missing:
         return
     check_room(missing, family)
-    vae = load_vae()
+    vision, vae = load_vision(), load_vae()  # the VAE last: it needs the most room to work
     with closing(_read_ahead(batches, family)) as reads:
         for window, frames in reads:
             batch = batches[window]
@@ -93,7 +94,7 @@ def cache_latents(
                 batch.frames[window] = frames
             del frames
             if batch.is_read and batch.missing:
-                for made in _encode(batch, vae, family, device):
+                for made in _encode(batch, vae, vision, family, device):
                     done += 1
                     yield CacheStep(done, total, made.path.name, "made")
     for plan in plans:
@@ -158,7 +159,8 @@ def needed_bytes(windows: Iterable[PlannedWindow], family: Family) -> dict[Path,
     """Cache folder -> bytes that the latents of `windows` take."""
     needed: Counter[Path] = Counter()
     for window in windows:
-        needed[window.path.parent] += cache_files.latent_bytes(family.latent.latents(window.size), family)
+        images = window.images.input if window.images else None
+        needed[window.path.parent] += cache_files.latent_bytes(family.latent.latents(window.size), family, images)
     return dict(needed)
 
 
@@ -172,12 +174,18 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _encode(batch: _Batch, vae: VAE, family: Family, device: torch.device) -> Iterator[PlannedWindow]:
+def _encode(batch: _Batch, vae: VAE, vision: VisionEncoder | None, family: Family, device: torch.device) -> Iterator[PlannedWindow]:  # fmt: skip
     """Encode a batch and write the files that are missing, naming each."""
-    latents = vae.encode(to_video(list(batch.frames.values()), device))  # (B, C, F, H, W)
-    for window, one in zip(batch.frames, latents, strict=True):
+    video, images = to_video(list(batch.frames.values()), device), batch.plan.images
+    latents = vae.encode(video)  # (B, C, F, H, W)
+    states, fingerprint = [{}] * len(video), ""
+    if images:
+        end = video[:, :, -1] if images.input.needs_end else None
+        states = family.image_states(vae, vision, images.input, video[:, :, 0], end, video.shape[2])
+        fingerprint = images.fingerprint
+    for window, one, told in zip(batch.frames, latents, states, strict=True):
         if window in batch.missing:
-            cache_files.save_latents(window.path, one, window.size, family, window.fingerprint)
+            cache_files.save_latents(window.path, one, window.size, family, window.fingerprint, told, fingerprint)
             yield window
     batch.frames.clear()
 

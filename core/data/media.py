@@ -46,7 +46,7 @@ def probe(path: Path, fps: float, source_fps: float | None = None) -> MediaInfo:
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(1, H, W, 3), upright, transparency laid over white, resized and cropped to `size` (width, height)."""
-    return np.array(_fitted(_open_image(path), size))[None]
+    return np.array(fitted(_open_image(path), size))[None]
 
 
 def read_windows(
@@ -76,7 +76,7 @@ def read_windows(
 
 def _folder_frames(folder: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
     for path in media_files(folder, IMAGES):
-        yield np.asarray(_fitted(_open_image(path), size))
+        yield np.asarray(fitted(_open_image(path), size))
 
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the image lies on its side
@@ -114,7 +114,7 @@ def cover(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
     return max(size[0], int(width * scale + 0.5)), max(size[1], int(height * scale + 0.5))
 
 
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resized to cover `size` and cropped to its middle, which alone is made."""
     if image.size == size:
         return image

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from ..family import Family
+from ..family import Family, ImageInput
 from ..io.files import digest, fingerprint
 from ..shapes import VideoSize
 from . import cache_files
@@ -49,6 +49,19 @@ class PlannedFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagePlan:
+    """What is cached of a clip's first (and last) frame for an image-to-video model, besides the latents.
+    `encoder_identity` stands for the image encoder's file, where there is one."""
+
+    input: ImageInput
+    encoder_identity: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([self.input.needs_end, self.encoder_identity])
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlannedWindow(PlannedFile):
     """A latent file: frames of an item at a size in pixels. `window` is None for an image, `clip` is the item's length in
     frames at the model's rate."""
@@ -57,6 +70,17 @@ class PlannedWindow(PlannedFile):
     window: Window | None
     size: VideoSize
     clip: int
+    images: ImagePlan | None = None
+
+    @property
+    def is_cached(self) -> bool:
+        images = self.images.fingerprint if self.images else ""
+        return self.foreign or cache_files.is_current(self.path, self.fingerprint, images)
+
+    @property
+    def content(self) -> str:
+        """Stands for all of the file that is used."""
+        return digest([self.fingerprint, self.images.fingerprint]) if self.images else self.fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +95,7 @@ class LatentPlan:
     """What caching a data set will make, and what it leaves out and why."""
 
     dataset: Dataset
+    images: ImagePlan | None = None
     windows: list[PlannedWindow] = field(default_factory=list)
     left_out: dict[Item, str] = field(default_factory=dict)
 
@@ -89,21 +114,22 @@ class LatentPlan:
 
 
 def plan_latents(
-    dataset: Dataset, family: Family, encoder_identity: str, on_item: Callable[[int, int], None] = lambda *_: None
-) -> LatentPlan:
+    dataset: Dataset, family: Family, encoder_identity: str, on_item: Callable[[int, int], None] = lambda *_: None,
+    images: ImagePlan | None = None,
+) -> LatentPlan:  # fmt: skip
     """Choose size and windows of every item. `encoder_identity` stands for the VAE's file and settings; `on_item` is told
-    (items done, items in all), as reading many large clips takes a while.
+    (items done, items in all), as reading many large clips takes a while; `images` is for image-to-video models.
 
     Raises ValueError when the data set's size or frame counts do not fit the model, or nothing can be read.
     """
-    plan = LatentPlan(dataset)
+    plan = LatentPlan(dataset, images)
     config = dataset.config
     if not config.enable_bucket:
         family.latent.check(VideoSize(1, config.resolution[1], config.resolution[0]))
 
     def plan_item(item: Item) -> list[PlannedWindow] | str:
         try:
-            return _plan_item(item, config, family, encoder_identity)
+            return _plan_item(item, config, family, encoder_identity, images)
         except (UnreadableMedia, OSError) as error:
             return str(error)
 
@@ -129,7 +155,9 @@ def check_usable(plan: LatentPlan) -> None:
         raise ValueError(f"nothing in {plan.dataset.config.title} can be used: {', '.join(problems[:5])}{more}")
 
 
-def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) -> list[PlannedWindow]:
+def _plan_item(
+    item: Item, config: DatasetConfig, family: Family, encoder: str, images: ImagePlan | None
+) -> list[PlannedWindow]:
     state = _state(item.source)
     info = _probed(item.source, family.fps, config.source_fps, state)
     if min(info.width, info.height) < family.latent.multiple:
@@ -150,7 +178,7 @@ def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) 
     planned = []
     for window in windows:
         pixels = VideoSize(window.count if window else 1, size[1], size[0])
-        path = _foreign_path(item, window, pixels, (info.width, info.height), config.cache, family)
+        path = _foreign_path(item, window, pixels, (info.width, info.height), config.cache, family, images)
         foreign = path is not None
         if foreign:
             identity = fingerprint(path)
@@ -162,20 +190,22 @@ def _plan_item(item: Item, config: DatasetConfig, family: Family, encoder: str) 
             if cache_files.is_foreign(path):
                 path = cache_files.latent_path(config.cache, item.key + _BESIDE, window, size, family)
         planned.append(PlannedWindow(item=item, window=window, size=pixels, clip=info.frames, path=path,
-                                     fingerprint=identity, foreign=foreign))  # fmt: skip
+                                     fingerprint=identity, foreign=foreign, images=images))  # fmt: skip
     return planned
 
 
 def _foreign_path(
-    item: Item, window: Window | None, pixels: VideoSize, original: tuple[int, int], cache: Path, family: Family
-) -> Path | None:
+    item: Item, window: Window | None, pixels: VideoSize, original: tuple[int, int], cache: Path, family: Family,
+    images: ImagePlan | None,
+) -> Path | None:  # fmt: skip
     """The latents that another trainer made of this window, unless the clip has changed since. It names those of images
     by the image's own size."""
     size = (pixels.width, pixels.height) if window else original
     path = cache_files.latent_path(cache, item.key, window, size, family)
     if not path.is_file() or path.stat().st_mtime < item.source.stat().st_mtime:
         return None
-    return path if cache_files.is_foreign_latents(path, family.latent.latents(pixels), family) else None
+    wanted = images.input if images else None
+    return path if cache_files.is_foreign_latents(path, family.latent.latents(pixels), family, wanted) else None
 
 
 def _state(source: Path) -> tuple:

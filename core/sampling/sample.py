@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +27,23 @@ def sample(
     positive: TextStates,
     negative: TextStates | None,
     schedule: Schedule,
-    guidance: float,
+    guidance: float | Callable[[float], float],
     seed: int,
     device: torch.device,
 ) -> Iterator[Tensor]:
     """Sample from noise; yields latents (B, C, F, H, W) in model space after each step, float32.
 
     `latents` give the size, in model space; at the first sigma, which is 1, nothing of them is left. `dit` has its
-    adapters attached.
+    adapters attached, or is an ExpertPair; `guidance` is one for all steps, or a function of sigma.
     """
     x = noised(latents.cpu(), seeded_noise(tuple(latents.shape), seed), schedule.sigmas[:1]).to(device)
     plain = _velocity(dit, family, positive, x)
-    with_guidance = guided(plain, _velocity(dit, family, negative, x) if negative is not None else None, guidance)
+    away = _velocity(dit, family, negative, x) if negative is not None else None
+    scale = guidance if callable(guidance) else lambda sigma: guidance
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a training goes on with what is gathered or streamed here
     def velocity(x: Tensor, sigma: float, index: int) -> Tensor:
-        return (with_guidance if schedule.plan[index] == "A" else plain)(x, sigma)
+        return (guided(plain, away, scale(sigma)) if schedule.plan[index] == "A" else plain)(x, sigma)
 
     yield from SOLVERS[schedule.solver](velocity, x, schedule.sigmas)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from ..family import Family
 from ..flow import noised, velocity
 from ..io.files import digest
 from ..shapes import VideoSize
-from .job import Job, TrainingItem, TrainingSet
+from .distributions import Distribution
+from .job import Expert, Job, TrainingItem, TrainingSet
 from .loss import WEIGHTINGS
 from .team import ALONE, Team
 from .timesteps import distribution, draw
@@ -85,6 +86,47 @@ def seed_of(*path: object) -> int:
     return random.Random("/".join(map(str, path))).getrandbits(63)
 
 
+_ROUND = 100  # steps in which both experts are trained: whole models are moved once in as many
+
+
+def expert_at(job: Job, family: Family, step: int) -> Expert:
+    """Which transformer a step (from 0) trains.
+
+    Two experts are trained as often as the noise levels that are drawn fall to them, but in turns of many steps. They begin
+    a round by turns, so that the one that ends a round begins the next.
+    """
+    if job.low is None:
+        return job.experts[0]
+    rounds = -(-job.steps // _ROUND)
+    number = ((step + 1) * rounds - 1) // job.steps
+    begin, end = (at * job.steps // rounds for at in (number, number + 1))
+    high = min(max(round(_share_of_high(job, family) * (end - begin)), 1), end - begin - 1)
+    is_high = step - begin < high if number % 2 == 0 else end - step <= high
+    return job.experts[0 if is_high else 1]
+
+
+def stretches(job: Job, family: Family, first: int) -> Iterator[tuple[Expert, int, int]]:
+    """From step `first` to the end: the transformer, and the steps [begin, end) in which it alone is trained."""
+    for expert, numbers in groupby(range(first, job.steps), key=lambda step: expert_at(job, family, step)):
+        steps = list(numbers)
+        yield expert, steps[0], steps[-1] + 1
+
+
+def _share_of_high(job: Job, family: Family) -> float:
+    """The share of the drawn noise levels that the high-noise expert is used for."""
+    size = next(item.size for dataset in job.datasets for item in dataset.items)
+    tokens = family.latent.tokens(VideoSize(1, *size[1:]))
+    drawn = distribution(job.timesteps, family.variants[job.variant].training_shift, tokens)
+    return 1 - drawn.cdf(torch.tensor([job.boundary], dtype=torch.float64)).item()
+
+
+def levels(job: Job, family: Family, expert: Expert, tokens: int) -> Distribution:
+    """The noise levels that a transformer is trained with. Raises ValueError when the settings leave none for it."""
+    variant = family.variants[expert.variant]
+    used_for = variant.levels(job.boundary) if job.low else job.timesteps.levels(variant)
+    return distribution(job.timesteps, variant.training_shift, tokens, used_for)
+
+
 def steps(job: Job, family: Family, first: int, team: Team = ALONE) -> Iterator[list[Batch]]:
     """From step `first` (0-based) to the end: the batches of each step that fall to this process.
 
@@ -98,7 +140,8 @@ def steps(job: Job, family: Family, first: int, team: Team = ALONE) -> Iterator[
     order = _order(job, skip=first * per_step)
     for step in range(first, job.steps):
         parts = list(enumerate(islice(order, per_step)))[team.place :: team.size]
-        yield [make_batch(job, family, *items, seed_of(job.seed, step, part)) for part, items in parts]
+        expert = expert_at(job, family, step)
+        yield [make_batch(job, family, expert, *items, seed_of(job.seed, step, part)) for part, items in parts]
 
 
 def _order(job: Job, skip: int) -> Iterator[tuple[int, tuple[TrainingItem, ...]]]:
@@ -125,21 +168,28 @@ def epoch_of(step: int, job: Job, per_epoch: int) -> int:
     return -(-step * job.batches_per_step // per_epoch)
 
 
-def make_batch(job: Job, family: Family, before: int, items: Sequence[TrainingItem], seed: int) -> Batch:
+def make_batch(
+    job: Job, family: Family, expert: Expert, before: int, items: Sequence[TrainingItem], seed: int
+) -> Batch:
     """Read the cached samples and noise them. `before` is the number of samples that training saw before them."""
     rng = torch.Generator().manual_seed(seed)
-    return batch_at(job, family, items, uniform(job, before, len(items), rng), rng, seed)
+    return batch_at(job, family, expert, items, uniform(job, before, len(items), rng), rng, seed)
 
 
-def batch_at(job: Job, family: Family, items: Sequence[TrainingItem], u: Tensor, rng: torch.Generator, seed: int = 0) -> Batch:  # fmt: skip
-    """Read the cached samples and noise them to the quantiles `u` (B,) of the trained noise levels."""
-    data = torch.stack([cache_files.load_latents(Path(item.latents), family) for item in items])
+def batch_at(job: Job, family: Family, expert: Expert, items: Sequence[TrainingItem], u: Tensor, rng: torch.Generator,
+             seed: int = 0) -> Batch:  # fmt: skip
+    """Read the cached samples and noise them to the quantiles `u` (B,) of the noise levels that `expert` is trained with."""
+    variant = family.variants[expert.variant]
+    latents, images = zip(
+        *(cache_files.load_sample(Path(item.latents), family, variant.images) for item in items), strict=True
+    )
+    data = torch.stack(latents)
     noise = torch.randn(data.shape, generator=rng)
     tokens = family.latent.tokens(VideoSize(1, *data.shape[3:]))
-    levels = distribution(job.timesteps, family.variants[job.variant].training_shift, tokens)
-    sigma = draw(levels, u)
+    sigma = draw(levels(job, family, expert, tokens), u)
     weight = WEIGHTINGS[job.timesteps.weighting](sigma)
-    conditions = family.conditions([cache_files.load_text(Path(item.text)) for item in items])
+    texts = (cache_files.load_text(Path(item.text)) for item in items)
+    conditions = family.conditions([{**text, **seen} for text, seen in zip(texts, images, strict=True)])
     return Batch(noised(data, noise, sigma), velocity(data, noise), sigma, conditions, weight, seed)
 
 

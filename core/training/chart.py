@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .distributions import Distribution
 from .loss import WEIGHTINGS
-from .timesteps import SAMPLINGS, TimestepSettings, distribution, draw
+from .timesteps import SAMPLINGS, WHOLE, TimestepSettings, distribution, draw
 
 DRAWS = 200_000
 _BINS = 50
@@ -31,20 +31,22 @@ class Shown:
     subtitle: str
 
 
-def show(settings: TimestepSettings, recommended_shift: float, tokens: int, size: str) -> tuple[Image.Image, str]:
+def show(settings: TimestepSettings, recommended_shift: float, tokens: int, size: str,
+         levels: tuple[float, float] = WHOLE) -> tuple[Image.Image, str]:  # fmt: skip
     """The picture and the report for a model with this recommended shift and videos with so many tokens a frame.
 
-    `size` says in words what the videos are.
+    `size` says in words what the videos are, `levels` are the sigmas that the model is used for.
     """
-    made = distribution(settings, recommended_shift, tokens)
+    made = distribution(settings, recommended_shift, tokens, levels)
     u = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     timesteps = 1000 * draw(made, u)
     title = f"Timesteps: {settings.sampling}" + (f", {settings.density}" if settings.sampling == "sigma" else "")
-    shown = Shown(timesteps, settings, title, _subtitle(settings, recommended_shift, tokens, size))
+    shown = Shown(timesteps, settings, title, _subtitle(settings, recommended_shift, tokens, size, levels))
     return _picture(shown), _report(shown, made)
 
 
-def _subtitle(settings: TimestepSettings, recommended_shift: float, tokens: int, size: str) -> str:
+def _subtitle(settings: TimestepSettings, recommended_shift: float, tokens: int, size: str,
+              levels: tuple[float, float]) -> str:  # fmt: skip
     shift = settings.shift_for(recommended_shift)
     if shift is None:
         words = [f"flow shift {SAMPLINGS[settings.sampling].shift_of(tokens):.2f} for {size}"]
@@ -53,6 +55,8 @@ def _subtitle(settings: TimestepSettings, recommended_shift: float, tokens: int,
     if (settings.min_timestep, settings.max_timestep) != (0, 1000):
         how = "cut out" if settings.preserve_distribution_shape else "pressed into"
         words.append(f"{how} {settings.min_timestep:g} to {settings.max_timestep:g}")
+    if levels != WHOLE:
+        words.append(f"cut out {1000 * levels[0]:g} to {1000 * levels[1]:g}, which this expert is used for")
     if settings.buckets > 1:
         words.append(f"{settings.buckets} buckets")
     return ", ".join([*words, f"{DRAWS:,} draws"])

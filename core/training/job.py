@@ -35,6 +35,7 @@ class MemorySettings:
                             loss scaled, so no computation is done in it
     offload_checkpoints     what checkpointing keeps waits in host memory
     block_swap              blocks whose weights stay in host memory and visit the device, two at a time
+    shard                   the GPUs that train together divide the weights; without it each holds all of them
     """
 
     gradient_checkpointing: bool = True
@@ -42,6 +43,7 @@ class MemorySettings:
     mode: str = "auto"
     offload_checkpoints: bool = False
     block_swap: int = 0
+    shard: bool = False
     attention: str = "sdpa"
     compile: bool = False
 
@@ -52,6 +54,8 @@ class MemorySettings:
         require(self.block_swap >= 0, f"block swap is {self.block_swap}: use 0 or the number of blocks to stream.")
         require(self.mode == "auto" or self.gradient_checkpointing or not self.offload_checkpoints,
                  "offloading needs gradient checkpointing: use both or neither.")  # fmt: skip
+        require(not (self.shard and self.block_swap), "weights are divided among GPUs or streamed from the host, not both: set "
+                "block swap to 0, or switch shard off.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +132,20 @@ class TrainingSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Expert:
+    """A transformer to be trained: its release, checkpoint and that file's fingerprint. `name` tells apart the two of a
+    pair (high and low, for much and little noise); a transformer that is trained alone has none."""
+
+    name: str
+    variant: str
+    dit: str
+    dit_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """`name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`. `gpus` is how many
+    """`low` is the low-noise expert that is trained in the same run, `dit` then the high-noise one, for the sigmas from
+    `boundary` on (0: where its authors draw it). `name` and `output_folder` say where the LoRA files go: `<output_folder>/<name>.safetensors`. `gpus` is how many
     processes share a step; each adds as many batches to it as gradients are accumulated."""
 
     name: str
@@ -150,6 +166,8 @@ class Job:
     watch: WatchSettings = WatchSettings()
     previews: PreviewSettings = field(default_factory=PreviewSettings)
     gpus: int = 1
+    low: Expert | None = None
+    boundary: float = 0.0
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -159,6 +177,11 @@ class Job:
         require(
             any(dataset.items for dataset in self.datasets), "there is nothing to train on: all data sets are empty."
         )
+        require(self.gpus > 1 or not self.memory.shard, "the weights are to be divided among the GPUs, and gpus is 1: use 2 or "
+                "more, or switch shard off.")  # fmt: skip
+        require(not (self.low and self.network.start_from), "two experts cannot go on from one LoRA: train them one at a time, or "
+                "start afresh.")  # fmt: skip
+        require(not self.low or self.steps > 1, "two experts are to be trained in 1 step: use 2 or more.")
         self.optimizer.check(self.steps)
         kind, ratio = self.optimizer.kind, self.network.loraplus_lr_ratio
         require(
@@ -166,6 +189,14 @@ class Job:
             f"{kind.title} needs one learning rate for all parameters, and LoRA+'s ratio is {ratio}: set it to 1, or use "
             "another optimizer.",
         )
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """What is trained, each with a LoRA of its own."""
+        own = Expert(
+            name="high" if self.low else "", variant=self.variant, dit=self.dit, dit_fingerprint=self.dit_fingerprint
+        )
+        return (own, self.low) if self.low else (own,)
 
     @property
     def batches_per_step(self) -> int:
@@ -181,13 +212,27 @@ class Job:
         values["memory"] = {"precision": self.memory.precision}
         values["watch"] = {"validation_share": self.watch.validation_share}
         del values["network"]["start_from"]
+        if self.low:
+            del values["low"]["dit"]
         for dataset in values["datasets"]:
             dataset["items"] = [[item["size"], item["fingerprints"]] for item in dataset["items"]]
         return digest(values)
 
+    def path_of(self, expert: str, step: int | None = None) -> Path:
+        """Where the LoRA of an expert is published: at the end, or after `step`."""
+        words = [self.name, *filter(None, [expert])]
+        return Path(self.output_folder) / (
+            "_".join(words) + ("" if step is None else f"-step{step:08d}") + ".safetensors"
+        )
+
     @property
     def final_path(self) -> Path:
-        return Path(self.output_folder) / f"{self.name}.safetensors"
+        """Of the only one, or of the first."""
+        return self.final_paths[0]
+
+    @property
+    def final_paths(self) -> tuple[Path, ...]:
+        return tuple(self.path_of(expert.name) for expert in self.experts)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -196,6 +241,7 @@ class Job:
 _NESTED = {
     "loraid": Loraid, "network": NetworkSettings, "optimizer": OptimizerSettings, "timesteps": TimestepSettings,
     "memory": MemorySettings, "save": SaveSettings, "watch": WatchSettings, "previews": PreviewSettings,
+    "low": Expert,
 }  # fmt: skip
 
 T = TypeVar("T")

@@ -20,21 +20,22 @@ from ..lora.inventory import Matrix, blocks_of
 from ..modules.attention import load_backend, use_attention
 from ..modules.compiling import compile_blocks
 from ..modules.offloading import Offload
+from ..modules.sharding import shard
 from ..modules.streaming import BlockStream, streamed_blocks
 from ..weights import Checkpoint, load_into
 from . import batches, planner
-from .job import Job, MemorySettings
+from .job import Expert, Job, MemorySettings
 from .run import Run
 from .team import Team
 
 log = logging.getLogger("videolora.training")
 
 
-def open_dit(job: Job) -> tuple[Checkpoint, Part]:
+def open_dit(expert: Expert) -> tuple[Checkpoint, Part]:
     """The checkpoint to train on. Raises ValueError when it is not the one that the job was made for."""
-    path = Path(job.dit)
+    path = Path(expert.dit)
     opened = open_part(path, "dit")
-    if fingerprint(path) != job.dit_fingerprint:
+    if fingerprint(path) != expert.dit_fingerprint:
         raise ValueError(
             f"{path} is not the checkpoint this job was made for: it was changed. Queue the training again."
         )
@@ -47,12 +48,12 @@ def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, par
     of a team plan with what the one with least has free, and so alike."""
     settings = replace(job.memory, precision=this.precision() or job.memory.precision)
     largest = max(batches.epoch(job.datasets, job.seed, 0), key=lambda items: len(items) * math.prod(items[0].size))
-    batch = batches.make_batch(job, family, 0, largest, job.seed)
+    batch, *_ = (batches.make_batch(job, family, expert, 0, largest, job.seed) for expert in job.experts)
     subject = planner.Subject(
         family=family, config=part.config, matrices=matrices, rows=rows, network=job.network, device=device,
         dtypes=checkpoint.dtypes(part.keymap),
         latents=tuple(batch.latents.shape), conditions=batch.conditions,
-        optimizer_bytes=job.optimizer.kind.state_bytes,
+        optimizer_bytes=job.optimizer.kind.state_bytes, processes=team.size, networks=len(job.experts),
     )  # fmt: skip
     free, free_host = (team.least(free_memory(where), device) for where in (device, torch.device("cpu")))
     plan = planner.choose(subject, settings, free, free_host // team.size)
@@ -62,7 +63,7 @@ def plan_memory(this: Run, job: Job, family: Family, checkpoint: Checkpoint, par
 
 
 def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[Matrix], memory: MemorySettings,
-             device: torch.device) -> torch.nn.Module:  # fmt: skip
+             device: torch.device, team: Team) -> torch.nn.Module:  # fmt: skip
     """The transformer with its weights where the settings want them."""
     dtype = planner.compute_dtype(memory.precision, device)
     attend = load_backend(memory.attention, device, dtype, training=True)
@@ -73,8 +74,9 @@ def load_dit(family: Family, checkpoint: Checkpoint, part: Part, matrices: list[
     with torch.device("meta"):
         dit = family.build_dit(part.config)
     stored = planner.stored_weights(memory.precision, matrices, checkpoint.dtypes(part.keymap))
-    load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored)
     modules = [dit.get_submodule(path) for path in blocks]
+    kept = {"kept": shard(dit, modules, team.mesh(device))} if memory.shard else {}
+    load_into(dit, checkpoint, part.keymap, dtype, lambda name: "cpu" if name in on_host else device, stored, **kept)
     use_attention(dit, attend)
     if memory.compile:
         compile_blocks(modules, device)

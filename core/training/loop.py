@@ -92,13 +92,14 @@ def train_step(
 
     With a team the gradient is that of the batches of all its processes, and so are the outcome's loss and norm.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses = []
     for batch in batches:
         reseed(adapters, batch.seed)
         each = flow_losses(dit, batch, device)
         (each.mean() / (len(batches) * team.size)).backward()
         losses.append(each.detach())
+    # Those of an expert that rests meanwhile are neither exchanged nor changed.
+    parameters = [one for group in optimizer.param_groups for one in group["params"] if one.requires_grad]
     loss = torch.stack([each.mean() for each in losses]).mean() / team.size
     team.add_up(parameters, loss)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)

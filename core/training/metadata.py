@@ -8,21 +8,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..family import Family
+from ..family import Family, Variant
 from ..lora.loraid import Allocation
 from ..shapes import VideoSize
 from .batches import batches_per_epoch, epoch_of, split
-from .job import Job, TrainingSet
+from .job import Expert, Job, TrainingSet
 
 _IMPLEMENTATION = "https://github.com/videolora/ComfyUI-VideoLoRA"
 
 
 def describe(
-    job: Job, family: Family, allocation: Allocation | None, step: int, started: float, finished: float
+    job: Job, family: Family, expert: Expert, allocation: Allocation | None, step: int, started: float, finished: float
 ) -> dict[str, str]:
-    """The metadata of a LoRA after `step` (from 1), trained from `started` to `finished` (seconds since 1970)."""
+    """The metadata of the LoRA of one expert, or of the only model, after `step` (from 1), trained from `started` to `finished` (seconds since 1970)."""
     per_epoch = batches_per_epoch(job)
-    name = Path(job.name).name
+    name, variant = job.path_of(expert.name).stem, family.variants[expert.variant]
     return {
         "ss_session_id": str(int(job.digest, 16) & 0xFFFFFFFF),
         "ss_output_name": name,
@@ -36,13 +36,13 @@ def describe(
         "ss_num_train_items": str(sum(len(dataset.items) * dataset.num_repeats for dataset in split(job)[0])),
         "ss_datasets": json.dumps([_dataset(dataset) for dataset in job.datasets]),
         "ss_seed": str(job.seed),
-        "ss_sd_model_name": Path(job.dit).name,
+        "ss_sd_model_name": Path(expert.dit).name,
         "ss_base_model_version": family.name,
         "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}.get(job.memory.precision, job.memory.precision),
         "ss_gradient_checkpointing": str(job.memory.gradient_checkpointing),
         **_network(job),
         **_optimizer(job),
-        **_timesteps(job, family.variants[job.variant].training_shift),
+        **_timesteps(job, variant),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{family.base_model}/lora",
         "modelspec.implementation": _IMPLEMENTATION,
@@ -50,8 +50,8 @@ def describe(
         "modelspec.date": datetime.fromtimestamp(finished, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": _resolution(job, family),
         "videolora_job": job.digest,
-        "videolora_variant": job.variant,
-        **(allocation.metadata(family.name, family.variants[job.variant].expert) if allocation else {}),
+        "videolora_variant": expert.variant,
+        **(allocation.metadata(family.name, variant.expert) if allocation else {}),
     }
 
 
@@ -90,10 +90,11 @@ def _optimizer(job: Job) -> dict[str, str]:
     }
 
 
-def _timesteps(job: Job, recommended_shift: float) -> dict[str, str]:
+def _timesteps(job: Job, variant: Variant) -> dict[str, str]:
     settings = job.timesteps
-    shift = settings.shift_for(recommended_shift)
-    low, high = settings.min_timestep, settings.max_timestep
+    shift = settings.shift_for(variant.training_shift)
+    used_for = variant.levels(job.boundary) if job.low else settings.levels(variant)
+    low, high = max(settings.min_timestep, 1000 * used_for[0]), min(settings.max_timestep, 1000 * used_for[1])
     return {
         "ss_timestep_sampling": settings.sampling,
         "ss_sigmoid_scale": str(settings.sigmoid_scale),
@@ -102,8 +103,8 @@ def _timesteps(job: Job, recommended_shift: float) -> dict[str, str]:
         "ss_logit_mean": str(settings.logit_mean),
         "ss_logit_std": str(settings.logit_std),
         "ss_mode_scale": str(settings.mode_scale),
-        "ss_min_timestep": str(low),
-        "ss_max_timestep": str(high),
+        "ss_min_timestep": f"{low:g}",
+        "ss_max_timestep": f"{high:g}",
         "ss_preserve_distribution_shape": str(settings.preserve_distribution_shape),
         "ss_num_timestep_buckets": str(settings.buckets),
     } | ({"modelspec.timestep_range": f"{low:g},{high:g}"} if (low, high) != (0, 1000) else {})

@@ -4,7 +4,8 @@ The activations are not guessed: the step's own code runs on the meta device, wh
 lives at once is counted. So the forecast holds for any family, LORAID share, rank and setting, and follows the code when it
 changes. Added to that is what is always there:
 
-    weights     of the transformer as they are stored; of streamed blocks, two device buffers of the largest one's size
+    weights     of the transformer as they are stored; of streamed blocks, two device buffers of the largest one's size; where
+                processes divide them, one's share and the blocks that are gathered at once
     adapters    their parameters in float32
     optimizer   its states for each of them (gradients are among the activations, which count what backward leaves)
 
@@ -35,6 +36,7 @@ from ..lora.network import NetworkSettings, make_adapters
 from ..modules.attention import use_attention
 from ..modules.layers import RMSNorm
 from ..modules.quantized import FP8, STORINGS, Stored, Storing
+from ..modules.sharding import sharded_bytes
 from ..modules.streaming import block_bytes, buffers_bytes, streamed_blocks
 from . import loop
 from .batches import Batch
@@ -60,6 +62,8 @@ class Subject:
     conditions: Mapping[str, Tensor]
     device: torch.device
     optimizer_bytes: int  # per trained parameter
+    processes: int = 1  # that train together
+    networks: int = 1  # adapters on so many transformers, of which one is there at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,8 @@ def describe(settings: MemorySettings) -> str:
     words.append("gradient checkpointing" if settings.gradient_checkpointing else "no gradient checkpointing")
     if settings.offload_checkpoints:
         words.append("offloaded")
+    if settings.shard:
+        words.append("weights divided among the GPUs")
     if settings.block_swap:
         words.append(f"{settings.block_swap} blocks streamed")
     return ", ".join(words)
@@ -118,9 +124,9 @@ def predict(subject: Subject, settings: MemorySettings) -> Plan:
     )
     return Plan(
         settings=settings,
-        weights=total - sum(streamed),
+        weights=sharded_bytes(sizes, total, subject.processes) if settings.shard else total - sum(streamed),
         streaming=buffers_bytes(streamed),
-        adapters=trained * (4 + subject.optimizer_bytes),
+        adapters=trained * (4 + subject.optimizer_bytes) * subject.networks,
         # The optimizer's own step makes about two floats per parameter beside the gradients, when activations are gone.
         activations=max(peak, 12 * trained),
         host=sum(streamed) + offloaded,
@@ -155,7 +161,8 @@ def report(subject: Subject, settings: MemorySettings, free: int, free_host: int
 
 def _candidates(subject: Subject, settings: MemorySettings) -> Iterator[MemorySettings]:
     """From the fastest to the one that takes least. Only an accelerator gains from what is moved to the host."""
-    plain = replace(settings, mode="manual", gradient_checkpointing=False, offload_checkpoints=False, block_swap=0)
+    plain = replace(settings, mode="manual", gradient_checkpointing=False, offload_checkpoints=False, block_swap=0,
+                    shard=False)  # fmt: skip
     yield plain
     least = replace(plain, gradient_checkpointing=True)
     yield least
@@ -163,12 +170,15 @@ def _candidates(subject: Subject, settings: MemorySettings) -> Iterator[MemorySe
     if moves:
         least = replace(least, offload_checkpoints=True)
         yield least
+    if subject.processes > 1:
+        least = replace(least, shard=True)
+        yield least
     if settings.precision == "auto":
         least = replace(least, precision="fp8_scaled")
         yield least
     if moves:  # two of the streamed blocks are always on the device
         for count in range(3, len(blocks_of(subject.matrices)) + 1):
-            yield replace(least, block_swap=count)
+            yield replace(least, shard=False, block_swap=count)
 
 
 def _advice(subject: Subject, settings: MemorySettings, plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """Previews: what the LoRA makes of a few prompts so far, sampled with the code that the sampling nodes use.
 
-A preview that fails is noted and left out; it never ends a training.
+A preview that fails is noted and left out; it never ends a training. Processes that divide the weights among them sample
+together, and none can leave out what the others compute: there, only what the first one does alone may fail.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,16 @@ from ..family import VAE, Family
 from ..io import safetensors
 from ..io.video import write_picture, write_video
 from ..modules.tiling import TiledVAE
+from ..sampling.experts import ExpertPair
 from ..sampling.sample import decode, sample
 from ..sampling.schedule import Schedule
 from ..shapes import VideoSize
 from ..weights import load_into
+from .experts import Experts
 from .job import Job
 from .prompts import Preview
 from .run import PREVIEW_SUFFIXES, STOP, Run
+from .team import ALONE, Team
 
 log = logging.getLogger("videolora.training")
 _VIDEO, _PICTURE = PREVIEW_SUFFIXES
@@ -42,14 +46,15 @@ class _Stopped(Exception):
 class Previews:
     """Makes the previews of a run in its folder."""
 
-    def __init__(self, run: Run, job: Job, family: Family, device: torch.device) -> None:
-        self.run, self.settings, self.family, self.device = run, job.previews, family, device
+    def __init__(self, run: Run, job: Job, family: Family, device: torch.device, team: Team = ALONE) -> None:
+        """`team` are the processes that sample together, each of which makes the same calls."""
+        self.run, self.settings, self.family, self.device, self.team = run, job.previews, family, device, team
 
-    def make(self, step: int, dit: nn.Module) -> None:
+    def make(self, step: int, experts: Experts) -> None:
         """The previews after `step` that are not there yet. All are sampled before the VAE is loaded, and it goes again."""
         try:
-            self._sample_all(step, dit)
-            if self.settings.vae:
+            self._sample_all(step, experts)
+            if self.settings.vae and self.team.leads:
                 self._decode_all(step)
         except _Stopped:
             log.info("the previews of step %d wait until the run goes on", step)
@@ -73,14 +78,14 @@ class Previews:
     def _shown(self, step: int, number: int, preview: Preview) -> Path:
         return self.run.preview_path(step, number, _PICTURE if preview.frames == 1 else _VIDEO)
 
-    def _sample_all(self, step: int, dit: nn.Module) -> None:
+    def _sample_all(self, step: int, experts: Experts) -> None:
         for number, preview in enumerate(self.settings.prompts):
             path = self._latents(step, number)
-            if not path.exists():
-                with self._attempt(f"preview {number} of step {step}"):
-                    self._sample(path, preview, dit)
+            if self.team.agree(not path.exists(), self.device):
+                with self._attempt(f"preview {number} of step {step}") if self.team.size == 1 else nullcontext():
+                    self._sample(path, preview, experts.sampler(preview.guidance))
 
-    def _sample(self, path: Path, preview: Preview, dit: nn.Module) -> None:
+    def _sample(self, path: Path, preview: Preview, dit: nn.Module | ExpertPair) -> None:
         size = self.family.latent.latents(VideoSize(preview.frames, preview.height, preview.width))
         empty = torch.zeros(1, self.family.latent.channels, *size)
         positive = cache_files.load_text(Path(preview.states))
@@ -91,9 +96,11 @@ class Previews:
         )
         with closing(steps):
             for reached in steps:
-                if self.run.is_asked(STOP):
+                if self.team.agree(self.run.is_asked(STOP), self.device):
                     raise _Stopped
                 sampled = reached
+        if not self.team.leads:
+            return
         latents = self.family.latent.from_model(sampled.cpu())
         if not torch.isfinite(latents).all():
             raise ValueError("the latents are not finite.")

@@ -2,6 +2,7 @@
 
     job.json             what is trained
     worker.json          which process works on it: id and start time
+    gpus.json            which GPUs it was started on
     started.json         when it was first worked on
     status.json          running, paused, stopped, finished or failed; the step reached; the error
     metrics.jsonl        one line per step (see `watching.py`)
@@ -11,7 +12,7 @@
     stop, save, pause    written to ask the process, after its step: to save and stop; to save and go on; to save and wait
                          until `pause` is gone
     state-00000100.safetensors   everything needed to go on after step 100
-    lora-00000100.safetensors    the LoRA after step 100
+    lora-00000100.safetensors    the LoRA after step 100; of two experts -high and -low
     previews/step-00000100_00.*  what the first prompt gave after step 100: its latents, and a video or picture of them
     tensorboard/         TensorBoard's files
 
@@ -99,6 +100,14 @@ class Run:
         with atomic(self.path("precision.txt")) as temporary:
             temporary.write_text(precision, encoding="utf-8")
 
+    def gpus(self) -> tuple[int, ...]:
+        """Numbers of the GPUs that its process was started on; none where it was not said."""
+        path = self.path("gpus.json")
+        return tuple(read_json(path)) if path.exists() else ()
+
+    def keep_gpus(self, numbers: Sequence[int]) -> None:
+        write_json(self.path("gpus.json"), list(numbers))
+
     def write_status(self, state: str, step: int, **details: Any) -> None:
         write_json(self.path("status.json"), {"state": state, "step": step, **details})
 
@@ -163,8 +172,8 @@ class Run:
     def state_path(self, step: int) -> Path:
         return self.path(f"state-{step:08d}.safetensors")
 
-    def lora_path(self, step: int) -> Path:
-        return self.path(f"lora-{step:08d}.safetensors")
+    def lora_path(self, step: int, expert: str = "") -> Path:
+        return self.path("-".join(filter(None, [f"lora-{step:08d}", expert])) + ".safetensors")
 
     def preview_path(self, step: int, number: int, suffix: str) -> Path:
         return self.path("previews") / f"step-{step:08d}_{number:02d}{suffix}"

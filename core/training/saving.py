@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from ..family import Family
 from ..io.files import atomic
 from ..lora import files, loraid
-from ..lora.adapter import Adapter
 from ..lora.factors import factors_of
 from ..lora.inventory import Matrix
 from . import state
-from .job import Job
+from .experts import Adapters, all_adapters
+from .job import Expert, Job
 from .metadata import describe
 from .optimizers import Optimizer, given_out
 from .run import Run
@@ -30,7 +30,7 @@ log = logging.getLogger("videolora.training")
 class Writer:
     """Writes the run's files and publishes LoRAs where ComfyUI finds them."""
 
-    def __init__(self, this: Run, job: Job, family: Family, matrices: list[Matrix], adapters: Mapping[str, Adapter],
+    def __init__(self, this: Run, job: Job, family: Family, matrices: list[Matrix], adapters: Adapters,
                  optimizer: Optimizer, allocation: loraid.Allocation | None) -> None:  # fmt: skip
         self.run, self.job, self.family, self.adapters, self.optimizer = this, job, family, adapters, optimizer
         self.rows = {matrix.name: matrix.rows for matrix in matrices}
@@ -38,8 +38,9 @@ class Writer:
         self.saved_step, self.saved_at = -1, time.monotonic()
 
     def save_state(self, step: int) -> None:
-        _require_finite(parameter for adapter in self.adapters.values() for parameter in adapter.parameters())
-        state.save_state(self.run, step, self.adapters, self.optimizer, self.job)
+        adapters = all_adapters(self.adapters)
+        _require_finite(parameter for adapter in adapters.values() for parameter in adapter.parameters())
+        state.save_state(self.run, step, adapters, self.optimizer, self.job)
         self.saved_at = time.monotonic()
 
     def save(self, step: int) -> None:
@@ -52,51 +53,58 @@ class Writer:
 
     def publish(self, step: int) -> None:
         """The LoRA that was saved after `step`, under a name of its own, where ComfyUI finds it."""
-        self._publish(step, self.published_path(step))
+        for expert in self.adapters:
+            self._publish(step, expert, self.job.path_of(expert, step))
         self._remove_old()
 
     def finish(self, step: int) -> list[Path]:
         """The last LoRA under its plain name; all files that were published."""
         self._save_lora(step)
         self.save_state(step)
-        self._publish(step, self.job.final_path)
-        return [*map(self.published_path, self._published_steps()), self.job.final_path]
-
-    def published_path(self, step: int) -> Path:
-        return self.job.final_path.with_name(f"{self.job.final_path.stem}-step{step:08d}.safetensors")
+        for expert in self.adapters:
+            self._publish(step, expert, self.job.path_of(expert))
+        earlier = [self.job.path_of(expert, one) for one in self._published_steps() for expert in self.adapters]
+        return [*earlier, *self.job.final_paths]
 
     def _saved_steps(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("lora-")) for path in self.run.folder.glob("lora-*.safetensors"))
+        return sorted({int(path.stem.split("-")[1]) for path in self.run.folder.glob("lora-*.safetensors")})
 
     def _published_steps(self) -> list[int]:
-        return [step for step in self._saved_steps() if self.published_path(step).exists()]
+        first = next(iter(self.adapters))
+        return [step for step in self._saved_steps() if self.job.path_of(first, step).exists()]
 
     def _remove_old(self) -> None:
         """Keep as many LoRAs as was asked for, and of those that were not published only the newest."""
         published = self._published_steps()
         kept = set(published[-self.job.save.keep :]) if self.job.save.keep else set(published)
         for step in set(published) - kept:
-            self.published_path(step).unlink(missing_ok=True)
+            for expert in self.adapters:
+                self.job.path_of(expert, step).unlink(missing_ok=True)
         newest = max(self._saved_steps())
         for step in self._saved_steps():
             if step not in kept and step != newest:
-                self.run.lora_path(step).unlink(missing_ok=True)
+                for expert in self.adapters:
+                    self.run.lora_path(step, expert).unlink(missing_ok=True)
 
-    def _publish(self, step: int, target: Path) -> None:
+    def _publish(self, step: int, expert: str, target: Path) -> None:
         with atomic(target) as temporary:
-            shutil.copyfile(self.run.lora_path(step), temporary)
+            shutil.copyfile(self.run.lora_path(step, expert), temporary)
         log.info("saved %s", target)
 
     def _save_lora(self, step: int) -> None:
+        for expert in self.job.experts:
+            self._save_lora_of(expert, step)
+
+    def _save_lora_of(self, expert: Expert, step: int) -> None:
         dtype = getattr(torch, self.job.save.precision)
         with given_out(self.optimizer, self.job.optimizer.kind):
             factors = {
                 name: factors_of(adapter, self.rows[name], self.job.network.alpha).to(dtype)
-                for name, adapter in self.adapters.items()
+                for name, adapter in self.adapters[expert.name].items()
             }
         _require_finite(value for factor in factors.values() for value in factor.tensors().values())
-        metadata = describe(self.job, self.family, self.allocation, step, self.run.started(), time.time())
-        files.save(self.run.lora_path(step), factors, metadata)
+        metadata = describe(self.job, self.family, expert, self.allocation, step, self.run.started(), time.time())
+        files.save(self.run.lora_path(step, expert.name), factors, metadata)
 
 
 def _require_finite(tensors: Iterable[Tensor]) -> None:

@@ -1,8 +1,9 @@
 """Several processes that train one job, started by torchrun on one machine or many.
 
-Every process holds the model and all adapters and takes its part of each step's batches; the adapters' gradients are added
-up once per step, so what makes up a step, and the LoRA, do not depend on the number of processes (but for rounding). No
-process waits for another inside a step: their batches may differ in size. The first one writes all files.
+Every process holds all adapters and takes its part of each step's batches; the adapters' gradients are added up once per
+step, so what makes up a step, and the LoRA, do not depend on the number of processes (but for rounding). Each holds the model
+too, and no process waits for another inside a step: their batches may differ in size. Only where the weights are divided among
+them (`sharding.py`) do they go through the model together. The first one writes all files.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _PATIENCE = timedelta(days=7)  # while the first process samples previews, or is paused, the others wait
 
@@ -60,6 +65,12 @@ class Team:
         said = torch.tensor([value], dtype=torch.int64, device=device)
         dist.all_reduce(said, dist.ReduceOp.MIN)
         return int(said.item())
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row."""
+        from torch.distributed.device_mesh import init_device_mesh  # some builds of torch have none
+
+        return init_device_mesh(device.type, (self.size,))
 
 
 ALONE = Team()

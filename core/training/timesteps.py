@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from ..checks import require
+from ..family import Variant
 from .distributions import Cut, Distribution, LogitNormal, Mixture, Mode, Shifted, Squeezed, Steps, Uniform
 from .loss import WEIGHTINGS
 
@@ -109,7 +110,8 @@ class TimestepSettings:
 
     shift               flow shift; 0 for what the model's authors recommend
     sigmoid_scale       spread of the samplings around the middle
-    min_timestep, max_timestep   the range that is trained, 0..1000; low is little noise
+    min_timestep, max_timestep   the range that is trained, 0..1000; low is little noise. All of it means, for one of two
+                        experts, the part that it is used for
     preserve_distribution_shape  cut the range out of the distribution instead of pressing all of it into the range
     buckets             so many consecutive draws are spread evenly over as many equal parts of the distribution
     density, logit_mean, logit_std, mode_scale   of `sigma` sampling, and of the log-SNR
@@ -157,6 +159,11 @@ class TimestepSettings:
             return recommended if sampling.recommended else 1.0
         return self.shift
 
+    def levels(self, variant: Variant, boundary: float = 0.0) -> tuple[float, float]:
+        """The sigmas that one expert alone is trained for: those it is used for, unless a range was chosen."""
+        chosen = (self.min_timestep, self.max_timestep) != (0, 1000)
+        return WHOLE if chosen else variant.levels(boundary)
+
     def _refuse_unused(self) -> None:
         used = set(SAMPLINGS[self.sampling].uses)
         if self.sampling == "sigma":
@@ -172,8 +179,14 @@ class TimestepSettings:
                 )
 
 
-def distribution(settings: TimestepSettings, recommended_shift: float, tokens: int) -> Distribution:
-    """The distribution of sigma. `tokens` are those of one frame of the sample; some samplings depend on them.
+WHOLE = (0.0, 1.0)
+
+
+def distribution(
+    settings: TimestepSettings, recommended_shift: float, tokens: int, levels: tuple[float, float] = WHOLE
+) -> Distribution:
+    """The distribution of sigma. `tokens` are those of one frame of the sample; some samplings depend on them. `levels`
+    cuts out of it the sigmas that a model is used for.
 
     Raises ValueError when the sampling makes nothing in the range.
     """
@@ -181,9 +194,9 @@ def distribution(settings: TimestepSettings, recommended_shift: float, tokens: i
     shift = settings.shift_for(recommended_shift)
     whole = sampling.make(settings, sampling.shift_of(tokens) if shift is None else shift)
     low, high = settings.min_timestep / 1000, settings.max_timestep / 1000
-    if (low, high) == (0, 1):
-        return whole
-    return (Cut if settings.preserve_distribution_shape else Squeezed)(whole, low, high)
+    if (low, high) != WHOLE:
+        whole = (Cut if settings.preserve_distribution_shape else Squeezed)(whole, low, high)
+    return whole if levels == WHOLE else Cut(whole, *levels)
 
 
 def draw(given: Distribution, u: Tensor) -> Tensor:

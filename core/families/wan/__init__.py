@@ -3,7 +3,7 @@
 import torch
 
 from ...family import BlockKind, Family
-from . import checkpoint, defaults, text
+from . import checkpoint, conditioning, defaults, text, vision
 from .dit import WanDiT
 from .lora_names import LORA_NAMES
 from .vae import WanVAE
@@ -35,9 +35,13 @@ FAMILY = Family(
     build_vae=WanVAE,
     vae_elements=7000,  # as ComfyUI reckons for this VAE
     load_tokenizer=text.Tokenizer,
-    text_states=(text.STATES,),
+    text_states=(defaults.TEXT,),
     load_text=text.load,
-    conditions=text.conditions,
-    to_comfyui=text.to_comfyui,
-    from_comfyui=text.from_comfyui,
+    load_vision=vision.load,
+    image_states=conditioning.image_states,
+    conditions=conditioning.conditions,
+    check_states=conditioning.check_states,
+    to_comfyui=conditioning.to_comfyui,
+    image_options=conditioning.image_options,
+    from_comfyui=conditioning.from_comfyui,
 )  # fmt: skip

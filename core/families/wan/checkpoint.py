@@ -9,6 +9,8 @@ from ...keymap import KeyMap
 from .dit import CLIP_TOKENS, HEAD_DIM, PATCH, WanConfig
 from .text import UMT5Config
 from .vae import WanVAEConfig
+from .vision import HEAD_DIM as VISION_HEAD_DIM
+from .vision import OFFICIAL, TRANSFORMERS, CLIPVisionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,7 +21,9 @@ _T5_ANCHOR = "blocks.0.pos_embedding.embedding.weight"
 _T5_HF_ANCHOR = (
     "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  # plain T5 has it in block 0 only
 )
-ANCHORS = (_DIT_ANCHOR, _VAE_ANCHOR, _T5_ANCHOR, _T5_HF_ANCHOR)
+_VISION_ANCHOR = "transformer.0.attn.to_qkv.weight"
+_VISION_HF_ANCHOR = "vision_model.embeddings.class_embedding"
+ANCHORS = (_DIT_ANCHOR, _VAE_ANCHOR, _T5_ANCHOR, _T5_HF_ANCHOR, _VISION_ANCHOR, _VISION_HF_ANCHOR)
 
 # Relatives that share Wan's names but need further modules.
 _RELATIVES = {
@@ -43,13 +47,15 @@ _T5_HF = KeyMap((("shared.weight", "encoder.embed_tokens.weight"),))
 
 
 def recognise(shapes: Shapes) -> Part | None:
-    """A transformer, VAE or umT5 of Wan 2.1 / 2.2, or None. ValueError for a relative that is not supported."""
+    """A transformer, VAE, umT5 or CLIP image tower of Wan 2.1 / 2.2, or None. ValueError for a relative that is not supported."""
     if _DIT_ANCHOR in shapes and "patch_embedding.weight" in shapes:
         return _dit(shapes)
     if _VAE_ANCHOR in shapes:
         return _vae(shapes)
     if _T5_ANCHOR in shapes or _T5_HF_ANCHOR in shapes:
         return _umt5(shapes)
+    if _VISION_ANCHOR in shapes or _VISION_HF_ANCHOR in shapes:
+        return _clip_vision(shapes)
     return None
 
 
@@ -128,3 +134,13 @@ def _umt5(shapes: Shapes) -> Part:
         buckets=bias[0],
     )
     return Part(family=NAME, kind="text_encoder", title="umT5 encoder", config=config, keymap=keymap)
+
+
+def _clip_vision(shapes: Shapes) -> Part:
+    keymap = OFFICIAL if _VISION_ANCHOR in shapes else TRANSFORMERS
+    model = {keymap.to_model(name): shape for name, shape in shapes.items()}
+    ffn_dim, dim = model["encoder.layers.0.mlp.fc1.weight"]
+    config = CLIPVisionConfig(dim=dim, ffn_dim=ffn_dim, depth=_depth(model, "encoder.layers.") - 1)
+    if dim % VISION_HEAD_DIM or model["embeddings.position_embedding.weight"][-2] != config.tokens:
+        raise ValueError(f"this is another CLIP image tower, of width {dim}; Wan 2.1 takes ViT-H/14 (clip_vision_h).")
+    return Part(family=NAME, kind="vision_encoder", title="CLIP ViT-H image tower", config=config, keymap=keymap)

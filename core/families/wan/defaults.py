@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...family import Variant
+from ...family import ImageInput, Variant
 from ...shapes import LatentSpec, VideoSize
-from .dit import PATCH
+from .dit import CLIP_TOKENS, PATCH
 
 LATENT = LatentSpec(
     channels=16,
@@ -22,14 +22,27 @@ NEGATIVE = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+# Names in the caches: `varlen_` because prompts differ in length.
+TEXT, IMAGE, CLIP = "varlen_t5", "latents_image", "clip"
+MASK_CHANNELS, CLIP_DIM = 4, 1280
+_IMAGE = (IMAGE, (MASK_CHANNELS + LATENT.channels,))
+
+START = ImageInput(states=(_IMAGE,))
+START_SEEN = ImageInput(states=(_IMAGE, (CLIP, (CLIP_TOKENS, CLIP_DIM))), vision=True)
+START_END_SEEN = ImageInput(
+    states=(_IMAGE, (CLIP, (2 * CLIP_TOKENS, CLIP_DIM))), vision=True, end="inside", needs_end=True
+)
+
 _480P = VideoSize(81, 480, 832)
 _720P = VideoSize(81, 720, 1280)
 
 
 def _variant(name: str, title: str, size: VideoSize = _720P, *, steps: int = 50, shift: float = 5.0,
-             guidance: float = 5.0, training_shift: float = 3.0, image: bool = False, expert: str = "") -> Variant:  # fmt: skip
+             guidance: float = 5.0, training_shift: float = 3.0, images: ImageInput | None = None, expert: str = "",
+             boundary: float = 0.0, unusable: str = "") -> Variant:  # fmt: skip
     return Variant(name=name, title=title, size=size, steps=steps, sampling_shift=shift, guidance=guidance,
-                   training_shift=training_shift, negative_prompt=NEGATIVE, needs_image=image, expert=expert)  # fmt: skip
+                   training_shift=training_shift, negative_prompt=NEGATIVE, images=images, expert=expert, boundary=boundary,
+                   unusable=unusable)  # fmt: skip
 
 
 VARIANTS = {
@@ -38,15 +51,15 @@ VARIANTS = {
         _variant("2.1-t2v-1.3B", "Wan 2.1 T2V 1.3B", _480P),
         _variant("2.1-t2v-14B", "Wan 2.1 T2V 14B"),
         _variant("2.2-t2v-A14B-high", "Wan 2.2 T2V A14B, high noise", expert="high", steps=40, shift=12.0, guidance=4.0,
-                 training_shift=12.0),
+                 boundary=0.875, training_shift=12.0),
         _variant("2.2-t2v-A14B-low", "Wan 2.2 T2V A14B, low noise", expert="low", steps=40, shift=12.0, guidance=3.0,
-                 training_shift=12.0),
-        _variant("2.1-i2v-14B", "Wan 2.1 I2V 14B", steps=40, image=True),
-        _variant("2.1-flf2v-14B", "Wan 2.1 first-last-frame 14B", steps=40, image=True),
+                 boundary=0.875, training_shift=12.0),
+        _variant("2.1-i2v-14B", "Wan 2.1 I2V 14B", steps=40, images=START_SEEN),
+        _variant("2.1-flf2v-14B", "Wan 2.1 first-last-frame 14B", steps=40, images=START_END_SEEN),
         _variant("2.2-i2v-A14B-high", "Wan 2.2 I2V A14B, high noise", expert="high", steps=40, guidance=3.5, training_shift=5.0,
-                 image=True),
+                 boundary=0.9, images=START),
         _variant("2.2-i2v-A14B-low", "Wan 2.2 I2V A14B, low noise", expert="low", steps=40, guidance=3.5, training_shift=5.0,
-                 image=True),
-        _variant("2.2-ti2v-5B", "Wan 2.2 TI2V 5B", image=True),
+                 boundary=0.9, images=START),
+        _variant("2.2-ti2v-5B", "Wan 2.2 TI2V 5B", unusable="its VAE is not supported; use Wan 2.1 or the 14B models of Wan 2.2"),
     )
 }  # fmt: skip

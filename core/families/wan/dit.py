@@ -164,7 +164,9 @@ class WanDiT(nn.Module):
         x = latents if image_condition is None else torch.cat((latents, image_condition), dim=1)
         x = self.patch_embedding(x.to(self.dtype))  # (B, D, F, H / 2, W / 2)
         sizes = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, L, D)
+        x = (
+            x.flatten(2).transpose(1, 2).contiguous()
+        )  # (B, L, D); torch 2.11 compiles a wrong gradient for other strides
         cos, sin = rotary_tables(sizes, ROTARY_DIMS, 10000.0, x.device)
         embedded_time = self.time_embedding(sinusoids(time, self.config.freq_dim).to(self.dtype))  # (B, D)
         time = self.time_projection(embedded_time).unflatten(1, (6, -1))

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ...family import Part, TextStates
 from ...modules.quantized import Storing, linear_weights, restore_on_call
 from ...weights import Checkpoint, load_into
+from .defaults import TEXT
 from .dit import TEXT_TOKENS
 
-STATES = "varlen_t5"  # name of the text states in the cache; `varlen_` because prompts differ in length
 _BATCH = 8
-_NO_EFFECT = ("pooled_output", "attention_mask")  # ComfyUI's encoders add them, and Wan does not use them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ class UMT5:
             mask[row, : len(values)] = 1
         encoder = self.model["encoder"]
         output = encoder(input_ids=ids.to(encoder.device), attention_mask=mask.to(encoder.device)).last_hidden_state
-        return [{STATES: output[row, : len(values)].to("cpu", copy=True)} for row, values in enumerate(tokens)]
+        return [{TEXT: output[row, : len(values)].to("cpu", copy=True)} for row, values in enumerate(tokens)]
 
 
 def build(config: UMT5Config) -> torch.nn.Module:
@@ -129,31 +125,3 @@ def _tokenizer_model(checkpoint: Checkpoint) -> bytes:
         f"{checkpoint.path.name} carries no tokenizer: put the file spiece.model of google/umt5-xxl into {folder}, "
         "or use ComfyUI's umt5_xxl file, which has it inside."
     )
-
-
-def conditions(samples: Sequence[TextStates]) -> dict[str, Tensor]:
-    """Prompts of one batch -> (B, 512, dim), padded with zeros."""
-    padded = [F.pad(s[STATES], (0, 0, 0, TEXT_TOKENS - s[STATES].shape[0])) for s in samples]
-    return {"text_states": torch.stack(padded)}
-
-
-def to_comfyui(states: TextStates) -> tuple[Tensor, dict[str, Any]]:
-    """As ComfyUI's own umT5 gives it: (1, 512, dim), zeros behind the prompt."""
-    return conditions([states])["text_states"].float(), {}
-
-
-def from_comfyui(cross_attn: Tensor, options: Mapping[str, Any]) -> TextStates:
-    """(1, L, dim) -> states; zeros behind the prompt are no tokens. ValueError for what would have no effect."""
-    ignored = sorted(name for name, value in options.items() if value is not None and name not in _NO_EFFECT)
-    if ignored:
-        raise ValueError(
-            f"the conditioning carries {', '.join(ignored)}, which text-to-video cannot use: link a plain prompt."
-        )
-    states = cross_attn[0]
-    used = states.abs().sum(dim=1).nonzero()
-    length = int(used.max()) + 1 if len(used) else 1
-    if length > TEXT_TOKENS:
-        raise ValueError(
-            f"the conditioning has {length} tokens, and this model takes {TEXT_TOKENS}: shorten the prompt."
-        )
-    return {STATES: states[:length]}

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tokenizer import train_tokenizer
 from videolora.core.families import FAMILIES, open_part, recognise
 from videolora.core.families.wan import text
+from videolora.core.families.wan.defaults import TEXT
 from videolora.core.modules.quantized import to_fp8, to_scaled_fp8
 from videolora.core.weights import load_into, open_checkpoint
 
@@ -29,7 +30,7 @@ def loaded(folder, name, kind):
 @pytest.mark.parametrize("name", ["wan21_t2v", "wan22_t2v", "wan21_i2v", "wan22_i2v"])
 def test_the_transformer_gives_the_reference_velocity(name, tmp_path):
     tensors, dit = loaded(tmp_path, name, "dit")
-    states = [{text.STATES: tensors[f"text_states.{i}"]} for i in range(len(tensors["latents"]))]
+    states = [{TEXT: tensors[f"text_states.{i}"]} for i in range(len(tensors["latents"]))]
     images = {key: tensors[key] for key in ("image_condition", "clip_features") if key in tensors}
     with torch.no_grad():
         output = dit(tensors["latents"], tensors["timestep"], **WAN.conditions(states), **images)
@@ -117,9 +118,9 @@ def test_a_checkpoint_of_another_family_is_not_taken_for_this_one():
 
 
 def test_conditioning_survives_the_way_through_comfyui():
-    states = {text.STATES: torch.randn(7, 32)}
+    states = {TEXT: torch.randn(7, 32)}
     back = WAN.from_comfyui(*WAN.to_comfyui(states))
-    torch.testing.assert_close(back[text.STATES], states[text.STATES])
+    torch.testing.assert_close(back[TEXT], states[TEXT])
 
 
 def test_too_long_conditioning_is_refused():
@@ -156,9 +157,9 @@ def test_the_text_encoder_loads_with_its_tokenizer_inside_or_beside_it(suffix, t
     with torch.inference_mode(inference):
         encoder = WAN.load_text(*open_part(umt5_file(tmp_path, suffix, tokenizer), "text_encoder"), torch.float32)
         short, long = encoder.encode(["a cat", "a cat moves over the dog and the square"])
-    assert short[text.STATES].shape[0] < long[text.STATES].shape[0]
+    assert short[TEXT].shape[0] < long[TEXT].shape[0]
     (alone,) = encoder.encode(["a cat"])
-    torch.testing.assert_close(short[text.STATES], alone[text.STATES], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(short[TEXT], alone[TEXT], rtol=1e-4, atol=1e-5)
     assert encoder.tokenizer.too_long("a cat") == 0 and encoder.tokenizer.too_long("cat " * 600) > 0
 
 
@@ -171,7 +172,7 @@ def test_a_text_encoder_in_fp8_takes_half_the_memory_and_gives_nearly_the_same(s
         return sum(p.nbytes for name, p in encoder.model.named_parameters() if p.ndim == 2 and "embed" not in name)
 
     assert linear_bytes(small) <= 0.55 * linear_bytes(exact)
-    states = [encoder.encode(["a cat moves over the dog"])[0][text.STATES] for encoder in (exact, small)]
+    states = [encoder.encode(["a cat moves over the dog"])[0][TEXT] for encoder in (exact, small)]
     assert states[0].dtype == states[1].dtype == torch.bfloat16
     error = reference.relative_error(states[1], states[0])
     assert 0 < error < 0.25  # random weights spread errors more than trained ones

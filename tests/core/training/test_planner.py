@@ -143,6 +143,21 @@ def test_auto_is_the_fastest_that_fits():
     assert found == sorted(found) and found[-1] == (True, True, "fp8_scaled", True)
 
 
+def test_gpus_that_train_together_divide_what_does_not_fit_one():
+    about = replace(subject(CUDA), processes=4)
+    kept = MemorySettings(mode="manual", offload_checkpoints=True)
+    whole, divided = (planner.predict(about, replace(kept, shard=shard)) for shard in (False, True))
+    blocks, block = CONFIG.depth, whole.weights / CONFIG.depth
+    assert divided.weights < 0.75 * whole.weights and divided.weights > (blocks / 4 + 3) * 0.9 * block
+    assert divided.activations == whole.activations
+    between = (whole.device + divided.device) // 2
+    chosen = planner.choose(about, MemorySettings(), int(between / 0.92), GIB).settings
+    assert chosen.shard and not chosen.block_swap and chosen.precision == "auto"
+    assert not planner.choose(replace(about, processes=1), MemorySettings(), int(between / 0.92), GIB).settings.shard
+    least = planner.choose(about, MemorySettings(), int(divided.device / 0.92 * 0.8), GIB).settings
+    assert least.precision == "fp8_scaled"
+
+
 def test_a_precision_that_was_chosen_is_never_changed():
     about = subject(CUDA)
     for free in (GIB, 12_000_000, 9_000_000, 8_000_000):

@@ -3,14 +3,17 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_job import WAN, job, work
+from videolora.core.lora.network import NetworkSettings
 from videolora.core.training import batches
-from videolora.core.training.job import OptimizerSettings, SaveSettings
+from videolora.core.training.job import MemorySettings, OptimizerSettings, SaveSettings, WatchSettings
+from videolora.core.training.prompts import Preview, PreviewSettings
 from videolora.core.training.run import STOP, Run
 from videolora.core.training.team import ALONE, Team
 
@@ -42,6 +45,56 @@ def test_two_processes_train_what_one_does_with_twice_the_batches(made, tmp_path
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
     losses = [[entry["loss"] for entry in this.metrics()] for this in runs.values()]
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp8_scaled"])
+def test_processes_that_divide_the_weights_train_what_one_does(made, tmp_path, precision):
+    states = tmp_path / "states.safetensors"
+    save_file({"varlen_t5": torch.randn(3, 4096)}, states)
+    previews = PreviewSettings(
+        prompts=(
+            Preview(
+                prompt="a",
+                width=32,
+                height=32,
+                frames=5,
+                steps=2,
+                guidance=1.0,
+                seed=1,
+                shift=5.0,
+                states=str(states),
+                negative_states="",
+            ),
+        ),
+        every_steps=3,
+    )
+    about = {"network": NetworkSettings(rank=4, alpha=4.0, dropout=0.1), "watch": WatchSettings(validation_share=0.2, validation_every_steps=2),
+             "previews": previews}  # fmt: skip
+    memory = MemorySettings(mode="manual", precision=precision)
+    alone = Run.of(described(made, tmp_path / "alone", memory=memory, **about), tmp_path / "alone")
+    divided = Run.of(
+        described(made, tmp_path / "divided", memory=replace(memory, shard=True), **about), tmp_path / "divided"
+    )
+    assert work(alone) == 0, alone.notes()
+    assert together(divided, 2) == 0, divided.log_end()
+    one, two = (load_file(tmp_path / name / "loras" / "lora.safetensors") for name in ("alone", "divided"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-4)  # of steps of 1e-3
+    validated = [[e["validation_loss"] for e in this.metrics() if "validation_loss" in e] for this in (alone, divided)]
+    assert len(validated[0]) == 3 and validated[1] == pytest.approx(validated[0], rel=1e-4)
+    sampled = [sorted(this.folder.rglob("*.latent")) for this in (alone, divided)]
+    assert len(sampled[0]) == len(sampled[1]) == 2
+    for first, second in zip(*sampled, strict=True):
+        torch.testing.assert_close(
+            load_file(second)["latent_tensor"], load_file(first)["latent_tensor"], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_weights_are_divided_only_among_several(made, tmp_path):
+    with pytest.raises(ValueError, match="gpus is 1: use 2 or more, or switch shard off"):
+        job(made, tmp_path, memory=MemorySettings(shard=True))
+    with pytest.raises(ValueError, match="set block swap to 0, or switch shard off"):
+        MemorySettings(shard=True, block_swap=3)
 
 
 def test_a_team_is_stopped_as_a_whole_and_goes_on_alone(made, tmp_path):
