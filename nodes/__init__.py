@@ -6,7 +6,8 @@ from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
 from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE, LoadWanExperts
-from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
+from .lora import ApplyLoRA, LoadLoRA, MergeLoRA, UnmergeLoRA
+from .lora_files import BlendLoRA, ConvertLoRA, ExtractLoRA, InspectLoRA, PostHocEMA, ResizeLoRA
 from .planning import MemoryPlan
 from .previews import PreviewSettingsNode
 from .routes import add_routes
@@ -30,7 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
     MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
     EncodeText, EncodeImage, EmptyLatent, FlowSchedule, CFGSkip, Sample, Decode,
-    LoadLoRA, ApplyLoRA, MergeLoRA,
+    LoadLoRA, ApplyLoRA, MergeLoRA, UnmergeLoRA,
+    ConvertLoRA, ResizeLoRA, ExtractLoRA, PostHocEMA, BlendLoRA, InspectLoRA,
 ]  # fmt: skip
 
 
