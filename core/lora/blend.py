@@ -7,7 +7,7 @@
     democratic    by kind of module: text attention takes over a, or half of the strongest of the others where that is much
                   stronger than itself; other attention takes over 0.5 a, feed-forward layers 0.7 a
 
-Only matrices that two files or more hold are blended, and alpha / rank goes into `up` first, so that factors of one size are
+Only matrices of which two files or more change the same rows are blended, and alpha / rank goes into `up` first, so that factors of one size are
 compared. LORAIDs of one unit setting share nothing: there is nothing to blend, and the files would stop being disjoint.
 
 `compatible` computes what the script of the first LORAID files computed: alpha is blended like any tensor, and what a file
@@ -82,19 +82,15 @@ def _text(own: Tensor, others: Sequence[Tensor], strength: float) -> Tensor:
 def blended(loras: Sequence[LoRAFile], how: Blend) -> list[dict[str, Factors]]:
     """The factors of each file after blending; all are blended with what the others were before.
 
-    Raises ValueError when the files share no matrix, or have it in different kinds or ranks.
+    Raises ValueError when the files share no parameter, or have it in different kinds or ranks.
     """
     require(len(loras) >= 2, "blending takes two LoRAs or more.")
-    holders: dict[str, list[int]] = {}
-    for index, lora in enumerate(loras):
-        for name, factors in lora.factors.items():
-            if factors.touched != (0, 0):
-                holders.setdefault(name, []).append(index)
-    shared = {name: indices for name, indices in holders.items() if len(indices) >= 2}
+    shared = {name: indices for name in dict.fromkeys(name for lora in loras for name in lora.factors)
+              if (indices := _holders(loras, name))}  # fmt: skip
     if not shared:
         names = " and ".join(_titled(lora) for lora in loras)
         raise ValueError(
-            f"{names} share no matrix, so there is nothing to blend: each can be used together with the others as it is. Blending "
+            f"{names} share no parameter, so there is nothing to blend: each can be used together with the others as it is. Blending "
             "would give each of them parameters of the others, and they would not be disjoint any more."
         )
     results = [dict(lora.factors) for lora in loras]
@@ -109,6 +105,16 @@ def blended(loras: Sequence[LoRAFile], how: Blend) -> list[dict[str, Factors]]:
                 role: how(name, getattr(own, role), [getattr(other, role) for other in others]) for role in ("down", "up")
             })  # fmt: skip
     return results
+
+
+def _holders(loras: Sequence[LoRAFile], name: str) -> list[int]:
+    """The files that have rows of this matrix in common with another one."""
+    touched = {index: lora.factors[name].touched for index, lora in enumerate(loras) if name in lora.factors}
+    return [
+        index
+        for index, (a, b) in touched.items()
+        if any(max(a, c) < min(b, d) for other, (c, d) in touched.items() if other != index)
+    ]
 
 
 def _titled(lora: LoRAFile) -> str:
@@ -126,8 +132,11 @@ def _scaled(lora: LoRAFile, name: str) -> LoRAFactors:
 
 
 def save(lora: LoRAFile, factors: Mapping[str, Factors], target: Path) -> None:
-    """Write a blended file in the dtype of the one it was made of. A LORAID is kept where the file is still its share."""
-    files.save(target, {name: one.to(lora.dtype) for name, one in factors.items()}, lora.metadata)
+    """Write a blended file in the dtype of the one it was made of. Its LORAID is kept if it still owns what is changed."""
+    rows = {name: one.touched for name, one in lora.factors.items()}
+    kept = all(rows[name][0] <= one.touched[0] and one.touched[1] <= rows[name][1] for name, one in factors.items())
+    metadata = {key: value for key, value in lora.metadata.items() if kept or not key.startswith("ss_loraid")}
+    files.save(target, {name: one.to(lora.dtype) for name, one in factors.items()}, metadata)
 
 
 def blended_compatibly(paths: Sequence[Path], how: Blend) -> list[tuple[dict[str, Tensor], dict[str, str]]]:

@@ -173,7 +173,7 @@ def test_democratic_sharing_between_disjoint_loraids_is_refused_and_was_destruct
         *outputs,
     ]
     code, text = command(capsys, *words)
-    assert code == 1 and "share no matrix, so there is nothing to blend" in text and not outputs[0].exists()
+    assert code == 1 and "share no parameter, so there is nothing to blend" in text and not outputs[0].exists()
     assert command(capsys, *words, "--compatible")[0] == 0
     own, shared = load_file(two[0]), load_file(outputs[0])
     assert all(torch.allclose(shared[key], 0.5 * value) for key, value in own.items()), (

@@ -64,9 +64,25 @@ def test_disjoint_files_are_not_blended_and_it_is_said_why(tmp_path):
     one = lora(tmp_path / "a.safetensors", WAN_MATRICES[:2], 1, ss_loraid="1")
     two = lora(tmp_path / "b.safetensors", WAN_MATRICES[2:], 2, ss_loraid="2")
     with pytest.raises(
-        ValueError, match=r"\(LORAID 1\) and b\.safetensors \(LORAID 2\) share no matrix, so there is nothing to blend"
+        ValueError,
+        match=r"\(LORAID 1\) and b\.safetensors \(LORAID 2\) share no parameter, so there is nothing to blend",
     ):
         blended([one, two], Blend())
+
+
+def test_disjoint_rows_of_one_matrix_are_not_blended_and_a_file_that_grows_loses_its_loraid(tmp_path):
+    m = WAN_MATRICES[0]
+    whole = some_factors([m])[m.name]
+    for name, rows, number in (("a", (0, 4), "1"), ("b", (4, 9), "2"), ("c", (0, 9), "3")):
+        made = {m.name: whole.cut(rows).placed(rows[0], m.rows)}
+        files.save(tmp_path / f"{name}.safetensors", made, {"ss_loraid": number, "ss_output_name": name})
+    a, b, c = (files.read(tmp_path / f"{name}.safetensors", WAN_MATRICES, "") for name in "abc")
+    with pytest.raises(ValueError, match="share no parameter"):
+        blended([a, b], Blend())
+    for lora, made, number in zip((a, c), blended([a, c], Blend()), (None, "3"), strict=True):
+        save(lora, made, tmp_path / "out.safetensors")
+        metadata = files.read(tmp_path / "out.safetensors", WAN_MATRICES, "").metadata
+        assert metadata.get("ss_loraid") == number and metadata["ss_output_name"] == lora.path.stem
 
 
 def test_other_ranks_and_kinds_are_refused(tmp_path, two):
