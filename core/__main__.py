@@ -1,6 +1,6 @@
 """`python <this folder> train <run folder> [device]`: trains a job without ComfyUI, or for it.
 `python <this folder> metrics <run folder>`: prints the steps so far as a CSV table.
-`python <this folder> merge --help`: the LoRA workbench; also unmerge, convert, resize, extract, ema, blend, inspect.
+`python <this folder> merge --help`: the LoRA workbench; also unmerge, convert, resize, extract, ema, blend, inspect, interference.
 
 The folder is loaded under a name of its own, because the pack's name depends on where it is installed.
 """
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 NAME = "videolora_core"
-WORKBENCH = ("merge", "unmerge", "convert", "resize", "extract", "ema", "blend", "inspect")
+WORKBENCH = ("merge", "unmerge", "convert", "resize", "extract", "ema", "blend", "inspect", "interference")
 
 
 def main(arguments: list[str]) -> int:

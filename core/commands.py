@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
+from . import interference
+from .devices import best_device
 from .lora.blend import METHODS as BLENDS
 from .lora.blend import Blend
 from .lora.combine import METHODS as COMBINATIONS
@@ -33,7 +37,7 @@ Command = Callable[[argparse.Namespace], str]
 
 def run(words: Sequence[str]) -> int:
     """Run a command, print its report. Returns the process's exit code."""
-    arguments = _parser().parse_args(words)
+    arguments = _parser().parse_args(words, argparse.Namespace(words=words))
     try:
         print(arguments.command(arguments))
     except (OSError, ValueError) as error:
@@ -101,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_loras(one)
     _add_patterns(one)
     one.add_argument("--picture", type=Path, help="a PNG of the maps")
+    one = add("interference", _interference, "measure how much finished trainings disturb each other")
+    one.add_argument(
+        "runs", type=Path, nargs="+", help="run folders of trainings of one model, each with a validation share"
+    )
+    one.add_argument(
+        "--plain", type=Path, nargs="+", default=[], help="run folders of plain LoRAs on the same data, to compare with"
+    )
+    one.add_argument("--device", default="", help="cuda, cpu, ...")
+    one.add_argument(
+        "--output", type=Path, default=Path("interference.md"), help="the report; its picture is written beside it"
+    )
     return parser
 
 
@@ -247,3 +262,9 @@ def _inspect(arguments: argparse.Namespace) -> str:
     if arguments.picture:
         picture(found).save(arguments.picture)
     return report(found)
+
+
+def _interference(arguments: argparse.Namespace) -> str:
+    groups = {"these": arguments.runs} | ({"plain": arguments.plain} if arguments.plain else {})
+    device = torch.device(arguments.device) if arguments.device else best_device()
+    return interference.report(groups, arguments.output, device, f"python core {' '.join(arguments.words)}")
