@@ -12,7 +12,7 @@ import torch
 from ..family import Family, Variant
 from ..io import safetensors
 from . import files, loraid
-from .adapter import Several
+from .adapter import LoRA, Several
 from .files import LoRAFile
 from .inventory import Matrix
 
@@ -168,7 +168,18 @@ def adapters(stack: Sequence[LoadedLoRA], device: torch.device, dtype: torch.dty
             if factors.touched != (0, 0):
                 adapter = factors.adapter(factors.touched, lora.entry.multiplier).to(device, dtype)
                 found.setdefault(name, []).append(adapter.requires_grad_(False))
-    return {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in found.items()}
+    return {name: _one(parts) for name, parts in found.items()}
+
+
+def _one(parts: list[torch.nn.Module]) -> torch.nn.Module:
+    """One adapter for several on a matrix; LoRAs of the same rows become one of all their ranks, which goes over the output
+    once."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, LoRA) and part.rows == parts[0].rows for part in parts):
+        down, up = torch.cat([part.down for part in parts]), torch.cat([part.scale * part.up for part in parts], dim=1)
+        return LoRA(down, up, 1.0, parts[0].rows).requires_grad_(False)
+    return Several(parts)
 
 
 def report(stack: Sequence[LoadedLoRA], switched_off: int = 0) -> str:
