@@ -217,7 +217,7 @@ def write(found: Sequence[Interference], target: Path, command: str, notes: str 
 Made by `{command}`.
 
 *Retention*: of what a LoRA alone takes away from the loss on clips it was not trained on, the share that is left when others are on
-too; 1 is all of it. *Additivity*: how far the change of the velocity by all of them is from the sum of their own changes; 0 is not
+too; 1 is all of it, and above 1 the others help, where clips have something in common. *Additivity*: how far the change of the velocity by all of them is from the sum of their own changes; 0 is not
 at all.
 
 ![Retention]({drawn.name})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,15 @@ def _merging(
     return changes
 
 
+@dataclass(frozen=True)
 class _Plain:
     """Writes a matrix with its LoRAs."""
 
-    def __init__(self, stored: Stored, weight: str, matrix: str, shares: Sequence[Share], how: Combination) -> None:
-        self.stored, self.weight, self.matrix, self.shares, self.how = stored, weight, matrix, shares, how
+    stored: Stored
+    weight: str
+    matrix: str
+    shares: Sequence[Share]
+    how: Combination
 
     def __call__(self, target: Target) -> Iterator[int]:
         add = adding(
@@ -113,45 +118,40 @@ class _Plain:
         return read_rows(self.stored, first, last)
 
 
+@dataclass(frozen=True)
 class _Scaled:
     """Writes a scaled fp8 matrix with its LoRAs, and its factor."""
 
-    def __init__(
-        self, source: Source, weight: str, scale: str, matrix: str, shares: Sequence[Share], how: Combination
-    ) -> None:
-        self.source, self.weight, self.scale, self.matrix, self.shares, self.how = (
-            source,
-            weight,
-            scale,
-            matrix,
-            shares,
-            how,
-        )
-        self.stored = source.tensors[weight]
+    source: Source
+    weight: str
+    scale: str
+    matrix: str
+    shares: Sequence[Share]
+    how: Combination
 
     def __call__(self, target: Target) -> Iterator[int]:
-        rows = self.stored.info.shape[0]
+        stored, info = self.source.tensors[self.weight], self.source.tensors[self.scale].info
+        rows, whole = stored.info.shape[0], bands(stored.info)
         factor = self.source.read(self.scale).float().reshape(-1, 1)
         old = factor.expand(rows, 1)
-        whole = bands(self.stored.info)
 
         def restored(first: int, last: int) -> Tensor:
-            return read_rows(self.stored, first, last).float() * old[first:last]
+            return read_rows(stored, first, last).float() * old[first:last]
 
         add = adding(self.how, self.matrix, self.shares, lambda: ((a, restored(a, b)) for a, b in whole))
         largest = torch.zeros(rows, 1)
         for first, last in whole:
             summed, touched = _summed(restored(first, last), first, add)
             largest[first:last] = summed.abs_().amax(dim=1, keepdim=True) * touched[:, None]
-        needed = largest / torch.finfo(self.stored.info.dtype).max
+        needed = largest / torch.finfo(stored.info.dtype).max
         new = torch.maximum(factor, needed if len(factor) > 1 else needed.amax(dim=0, keepdim=True))
+        new = new.to(info.dtype).float()  # as it will be read
         grown = (new != factor).flatten().expand(rows)
         for first, last in whole:
             summed, touched = _summed(restored(first, last), first, add)
             summed /= new.expand(rows, 1)[first:last]
-            raw = read_rows(self.stored, first, last)
+            raw = read_rows(stored, first, last)
             yield target.write_rows(self.weight, first, _rounded(summed, raw, touched | grown[first:last]))
-        info = self.source.tensors[self.scale].info
         yield target.write(self.scale, new.reshape(info.shape).to(info.dtype))
 
 
@@ -295,26 +295,16 @@ def _restoring(
     return changes
 
 
+@dataclass(frozen=True)
 class _Copied:
     """Writes a matrix, some rows of it from another file, and its fp8 factor if that is given."""
 
-    def __init__(
-        self,
-        weight: str,
-        source: Source,
-        other: Stored,
-        rows: list[Rows],
-        scale: str = "",
-        factor: Tensor | None = None,
-    ) -> None:
-        self.weight, self.source, self.other, self.rows, self.scale, self.factor = (
-            weight,
-            source,
-            other,
-            rows,
-            scale,
-            factor,
-        )
+    weight: str
+    source: Source
+    other: Stored
+    rows: list[Rows]
+    scale: str = ""
+    factor: Tensor | None = None
 
     def __call__(self, target: Target) -> Iterator[int]:
         info, done = target.tensors[self.weight], 0
