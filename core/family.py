@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .keymap import IDENTITY, KeyMap
+from .lora.names import LoRANames
 from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
 from .weights import Checkpoint
@@ -161,6 +162,7 @@ class Family:
     cache_scaled    whether cached latents are in model space (else in VAE space)
     base_model      what LoRA metadata calls the architecture
     blocks          transformer blocks in canonical order, for LORAID and adapters
+    lora_names      what LoRA files of other tools call their matrices
     recognise       (tensor name -> shape) -> Part or None; ValueError for a model that is known but not supported
     anchors         names one of which every checkpoint of the family holds, to find the file's prefix
     build_dit       config -> transformer; called as dit(latents, time, skip_layers=numbers of blocks, **conditions), its
@@ -191,6 +193,7 @@ class Family:
     base_model: str
     variants: Mapping[str, Variant]
     blocks: tuple[BlockKind, ...]
+    lora_names: LoRANames
     anchors: tuple[str, ...]
     recognise: Callable[[Mapping[str, tuple[int, ...]]], Part | None]
     build_dit: Callable[[Any], nn.Module]
