@@ -226,7 +226,7 @@ def test_hardware_without_fp8_products_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 3090")
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(ValueError, match="RTX 40 series or newer.*RTX 3090: use fp8_scaled"):
+    with pytest.raises(ValueError, match=r"RTX 40 series or newer.*RTX 3090: use fp8_scaled"):
         check_fast(torch.device("cuda"))
     with pytest.raises(ValueError, match="cannot work on mps"):
         check_fast(torch.device("mps"))
