@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .keymap import IDENTITY, KeyMap
+from .lora.names import LoRANames
 from .modules.quantized import Storing
 from .shapes import LatentSpec, VideoSize
 from .weights import Checkpoint, View
@@ -69,7 +70,7 @@ class ImageInput:
 class Variant:
     """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
     models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
-    cannot be used."""
+    cannot be used; `shift_at` names sizes (width, height) with a flow shift of their own."""
 
     name: str
     title: str
@@ -78,11 +79,16 @@ class Variant:
     sampling_shift: float
     guidance: float
     training_shift: float
+    shift_at: Mapping[tuple[int, int], float] = field(default_factory=dict)
     negative_prompt: str = ""
     images: ImageInput | None = None
     expert: str = ""
     boundary: float = 0.0
     unusable: str = ""
+
+    def shift_for(self, width: int, height: int) -> float:
+        """The flow shift for videos of this size in pixels."""
+        return self.shift_at.get((width, height), self.sampling_shift)
 
     def levels(self, boundary: float = 0.0) -> tuple[float, float]:
         """The sigmas that the release is used for; `boundary` where it is not its authors'."""
@@ -174,6 +180,7 @@ class Family:
     cache_scaled    whether cached latents are in model space (else in VAE space)
     base_model      what LoRA metadata calls the architecture
     blocks          transformer blocks in canonical order, for LORAID and adapters
+    lora_names      what LoRA files of other tools call their matrices
     recognise       (tensor name -> shape) -> Part or None; ValueError for a model that is known but not supported
     anchors         names one of which every checkpoint of the family holds, to find the file's prefix
     build_dit       config -> transformer; called as dit(latents, time, skip_layers=numbers of blocks, **conditions), its
@@ -204,6 +211,7 @@ class Family:
     base_model: str
     variants: Mapping[str, Variant]
     blocks: tuple[BlockKind, ...]
+    lora_names: LoRANames
     anchors: tuple[str, ...]
     recognise: Callable[[Mapping[str, tuple[int, ...]]], Part | None]
     build_dit: Callable[[Any], nn.Module]

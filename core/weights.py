@@ -19,7 +19,7 @@ from .modules.quantized import FP8, Stored, Storing, restored
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 # A scaled fp8 weight is stored beside the factor that restores it (facts of the format: W = fp8 * scale).
-_SCALES = ("scale_weight", "weight_scale")
+SCALES = ("scale_weight", "weight_scale")
 _NO_WEIGHTS = ("scaled_fp8", "spiece_model", "tokenizer", "tokenizer_json")
 _NO_WEIGHT_SUFFIXES = (".comfy_quant", ".position_ids", ".scale_input", ".input_scale")
 
@@ -86,7 +86,7 @@ class Checkpoint:
         full = self.prefix + name
         value = self._read(full)
         layer = full.removesuffix("weight")
-        scale = next((self._read(layer + s) for s in _SCALES if layer + s in self._all), None)
+        scale = next((self._read(layer + s) for s in SCALES if layer + s in self._all), None)
         if scale is None or value.dtype not in FP8:
             return Stored(value)
         if scale.numel() not in (1, value.shape[0]):
@@ -121,7 +121,7 @@ class _Viewed(Checkpoint):
 
 def _is_weight(name: str) -> bool:
     last = name.rsplit(".", 1)[-1]
-    return last not in _NO_WEIGHTS and last not in _SCALES and not name.endswith(_NO_WEIGHT_SUFFIXES)
+    return last not in _NO_WEIGHTS and last not in SCALES and not name.endswith(_NO_WEIGHT_SUFFIXES)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -66,11 +66,11 @@ def text_encoder(texts: list[str], dim: int = TEXT_DIM, inner: int = 128, heads:
             "spiece_model": torch.frombuffer(bytearray(model), dtype=torch.uint8)}  # fmt: skip
 
 
-def dit(dim: int = 256, ffn: int = 512, depth: int = 6, seed: int = 3) -> torch.nn.Module:
+def dit(dim: int = 256, ffn: int = 512, depth: int = 6, seed: int = 3, text_dim: int = TEXT_DIM) -> torch.nn.Module:
     """An untrained Wan transformer."""
     wan = pack.load("core.families.wan.dit")
     config = wan.WanConfig(
-        dim=dim, ffn_dim=ffn, depth=depth, in_channels=16, out_channels=16, text_dim=TEXT_DIM, freq_dim=256
+        dim=dim, ffn_dim=ffn, depth=depth, in_channels=16, out_channels=16, text_dim=text_dim, freq_dim=256
     )
     torch.manual_seed(seed)
     model = wan.WanDiT(config)

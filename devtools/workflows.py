@@ -187,7 +187,9 @@ def _sampling(graph: Graph, column: int, dit: Node, model: Out, text: Node, vae:
         latent = graph.add(column, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)[
             0
         ]
-    schedule = graph.add(column, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="euler")
+    schedule = graph.add(
+        column, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc", latent=latent
+    )
     if skip_cfg:
         schedule = graph.add(column, "VideoLoRACFGSkip", schedule=schedule[0], ratio=0.5, mode="late")
     sampled = graph.add(column + 1, "VideoLoRASample", dit=model, positive=told, negative=away, latent=latent,
@@ -468,12 +470,40 @@ guidance takes half the time.
     return graph
 
 
+def wan_t2v_lora_workbench() -> Graph:
+    graph = Graph(f"""# Look at LoRAs, convert and resize one, take one out of a checkpoint
+The map shows which modules each LoRA changes and where they overlap; the report also names the LORAIDs that are free.
+New LoRAs are written to `ComfyUI/output/loras`. Unmerging brings back the bytes of the base.
+
+{FILES}
+- `output/loras/character_1.safetensors` (LORAID 1) and `character_2.safetensors` (LORAID 2)
+- `output/diffusion_models/wan2.1_t2v_character_1_2.safetensors`""")
+    dit = graph.add(0, "VideoLoRALoadDiT", model=DIT, variant="auto")
+    merged = graph.add(0, "VideoLoRALoadDiT", "Merged", model="wan2.1_t2v_character_1_2.safetensors", variant="auto")
+    first = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=1, lora="character_1.safetensors")
+    second = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=2, lora="character_2.safetensors", loras=first[0])
+    graph.add(2, "VideoLoRAInspectLoRA", size=(760, 560), dit=dit[0], loras=second[0])
+    graph.add(
+        3,
+        "VideoLoRAConvertLoRA",
+        dit=dit[0],
+        lora="character_1.safetensors",
+        dialect="diffusers",
+        name="character_1_diffusers",
+    )
+    graph.add(3, "VideoLoRAResizeLoRA", dit=dit[0], lora="character_1.safetensors", rank=8, name="character_1_rank_8")
+    graph.add(
+        3, "VideoLoRAUnmergeLoRA", dit=merged[0], loras=first[0], name="wan2.1_t2v_character_2_alone", base=dit[0]
+    )
+    return graph
+
+
 WORKFLOWS = {
     make.__name__: make
     for make in (
         wan_t2v_prepare_data, wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge, wan_i2v_train, wan_t2i_train,
         wan22_train_experts, wan22_t2v_sample, wan_i2v_sample, wan_flf2v_sample, wan_t2v_sample, wan_t2i_sample,
-        wan_v2v_sample, wan_cfg_skip, wan_decode_latents,
+        wan_v2v_sample, wan_cfg_skip, wan_decode_latents, wan_t2v_lora_workbench,
     )
 }  # fmt: skip
 

@@ -7,7 +7,8 @@ from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
 from .latents import Decode, EmptyLatent, EncodeVideo, LoadLatents, SaveLatents
 from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE, LoadWanExperts
-from .lora import ApplyLoRA, LoadLoRA, MergeLoRA
+from .lora import ApplyLoRA, LoadLoRA, MergeLoRA, UnmergeLoRA
+from .lora_files import BlendLoRA, ConvertLoRA, ExtractLoRA, InspectLoRA, PostHocEMA, ResizeLoRA
 from .planning import MemoryPlan
 from .previews import PreviewSettingsNode
 from .routes import add_routes
@@ -32,7 +33,8 @@ NODES: list[type[io.ComfyNode]] = [
     MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
     EncodeText, PromptList, EncodeImage, EncodeVideo, EmptyLatent, FlowSchedule, CFGSkip, SkipLayerGuidance, SamplingMemory, Sample,
     Decode, SaveLatents, LoadLatents,
-    LoadLoRA, ApplyLoRA, MergeLoRA,
+    LoadLoRA, ApplyLoRA, MergeLoRA, UnmergeLoRA,
+    ConvertLoRA, ResizeLoRA, ExtractLoRA, PostHocEMA, BlendLoRA, InspectLoRA,
 ]  # fmt: skip
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..core.lora.merge import is_merged, merge
+from ..core.lora.combine import METHODS, Combination
+from ..core.lora.merge import is_merged, merge, unmerge
+from ..core.lora.patterns import check_patterns
 from ..core.lora.stack import StackEntry, report
 from ..core.weights import shards
 from . import handles, paths
@@ -33,6 +36,11 @@ class LoadLoRA(io.ComfyNode):
                 io.Combo.Input("lora", options=paths.model_files("loras"),
                                tooltip="A file in ComfyUI's models/loras or output/loras."),
                 handles.Stack.Input("loras", optional=True, tooltip="The stack so far."),
+                io.String.Input("include", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="Regular expressions on whole names of matrices, one a line, such as .*cross_attn.*: only what one of "
+                                "them matches is used. Empty: everything."),
+                io.String.Input("exclude", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="As include, for matrices that are not to be used."),
             ],
             outputs=[handles.Stack.Output("stack", display_name="loras")],
         )  # fmt: skip
@@ -42,8 +50,22 @@ class LoadLoRA(io.ComfyNode):
         return paths.model_state("loras", lora)
 
     @classmethod
-    def execute(cls, multiplier: float, loraid: int, lora: str, loras: tuple[StackEntry, ...] = ()) -> io.NodeOutput:
-        return io.NodeOutput((*loras, StackEntry(paths.model_path("loras", lora), multiplier, loraid)))
+    def validate_inputs(cls, include: str | None = "", exclude: str | None = "") -> bool | str:
+        try:
+            check_patterns(*_lines(include or ""), *_lines(exclude or ""))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, multiplier: float, loraid: int, lora: str, loras: tuple[StackEntry, ...] = (), include: str = "",
+                exclude: str = "") -> io.NodeOutput:  # fmt: skip
+        path = paths.model_path("loras", lora)
+        return io.NodeOutput((*loras, StackEntry(path, multiplier, loraid, _lines(include), _lines(exclude))))
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -81,6 +103,7 @@ class ApplyLoRA(io.ComfyNode):
 class MergeLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        default = Combination()
         return io.Schema(
             node_id="VideoLoRAMergeLoRA",
             display_name="Merge LoRAs into Checkpoint",
@@ -90,6 +113,35 @@ class MergeLoRA(io.ComfyNode):
             inputs=[
                 handles.DiT.Input("dit", tooltip="The model, from Apply LoRAs."),
                 io.String.Input("name", default="merged", tooltip="Name of the new checkpoint; may hold a folder."),
+                io.Combo.Input(
+                    "combine",
+                    options=list(METHODS),
+                    default=default.method,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For LoRAs that overlap: sum adds them; ties (trims, elects signs) and dare (drops at random) make "
+                    "them disturb each other less. Where one LoRA is alone it makes no difference.",
+                ),
+                io.Float.Input(
+                    "density",
+                    default=default.density,
+                    min=0.01,
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Share of each LoRA that ties (0.2 to 0.5) and dare (0.3 to 0.7) keep.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=default.seed,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of what dare drops.",
+                ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
             hidden=[io.Hidden.unique_id],
@@ -101,7 +153,9 @@ class MergeLoRA(io.ComfyNode):
         return paths.checked_output("diffusion_models", name)
 
     @classmethod
-    def execute(cls, dit: handles.DiTFile, name: str) -> io.NodeOutput:
+    def execute(cls, dit: handles.DiTFile, name: str, combine: str = Combination.method, density: float = Combination.density,
+                seed: int = Combination.seed) -> io.NodeOutput:  # fmt: skip
+        how = Combination(method=combine, density=density, seed=seed)
         if dit.low:
             raise ValueError("two experts are merged one at a time: link Load Video DiT with each of them.")
         stack = dit.load_stack()
@@ -110,12 +164,54 @@ class MergeLoRA(io.ComfyNode):
                 "there is nothing to merge: link a model from Apply LoRAs, with a multiplier other than 0."
             )
         target = paths.output_file("diffusion_models", name)
-        if not is_merged(dit.path, target, stack):
+        if not is_merged(dit.path, target, dit.prefix, dit.part, stack, how):
             _check_space(dit.path, target)
-            progress = Progress(cls.hidden.unique_id)
-            with closing(merge(dit.path, target, dit.prefix, dit.part, stack)) as steps:
-                for done, total in steps:
-                    progress.update(done, total)
+            _show(merge(dit.path, target, dit.prefix, dit.part, stack, how), cls.hidden.unique_id)
+        text = f"{target}\n{report(stack)}"
+        say(text, cls.hidden.unique_id)
+        return io.NodeOutput(str(target), ui={"videolora_merge": [{"path": str(target), "text": text}]})
+
+
+def _show(steps: Iterator[tuple[int, int]], node_id: str | None) -> None:
+    progress = Progress(node_id)
+    with closing(steps):
+        for done, total in steps:
+            progress.update(done, total)
+
+
+class UnmergeLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRAUnmergeLoRA",
+            display_name="Unmerge LoRAs from Checkpoint",
+            category=CATEGORY,
+            description="Takes LoRAs out of a checkpoint that was made by Merge LoRAs into Checkpoint; others that are merged in stay.",
+            inputs=[
+                handles.DiT.Input("dit", tooltip="The merged model, from Load Video DiT."),
+                handles.Stack.Input("loras", tooltip="The LoRAs to take out, with the multipliers they were merged with."),
+                io.String.Input("name", default="unmerged", tooltip="Name of the new checkpoint; may hold a folder."),
+                handles.DiT.Input("base", optional=True,
+                                  tooltip="The model that was merged into: its own bytes come back. Without it the LoRAs are subtracted, "
+                                  "which leaves the rounding of the merge."),
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        return paths.checked_output("diffusion_models", name)
+
+    @classmethod
+    def execute(cls, dit: handles.DiTFile, loras: tuple[StackEntry, ...], name: str,
+                base: handles.DiTFile | None = None) -> io.NodeOutput:  # fmt: skip
+        stack = dit.with_loras(loras, True).load_stack()
+        target = paths.output_file("diffusion_models", name)
+        _check_space(dit.path, target)
+        origin = base and (base.path, base.prefix, base.part)
+        _show(unmerge(dit.path, target, dit.prefix, dit.part, stack, origin), cls.hidden.unique_id)
         text = f"{target}\n{report(stack)}"
         say(text, cls.hidden.unique_id)
         return io.NodeOutput(str(target), ui={"videolora_merge": [{"path": str(target), "text": text}]})
@@ -123,7 +219,7 @@ class MergeLoRA(io.ComfyNode):
 
 def _check_space(source: Path, target: Path) -> None:
     if target.exists():
-        raise ValueError(f"{target} exists already and is another merge. Choose another name, or delete it first.")
+        raise ValueError(f"{target} exists already and is something else. Choose another name, or delete it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(target.parent).free, sum(path.stat().st_size for path in shards(source))
     if free < needed:

@@ -113,7 +113,7 @@ def _defaults(dit: handles.DiTFile, *, width: int, height: int, frames: int, ste
     return Prompt(
         prompt="", negative_prompt=negative_prompt or variant.negative_prompt, width=width, height=height,
         frame_count=frames, seed=seed, sample_steps=steps, cfg_scale=guidance or variant.guidance,
-        discrete_flow_shift=shift or variant.sampling_shift,
+        discrete_flow_shift=shift or variant.shift_for(width, height),
     )  # fmt: skip
 
 

@@ -117,7 +117,9 @@ class FlowSchedule(io.ComfyNode):
                 io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Flow shift: higher spends more steps on composition and motion. 0 uses what the model's "
                                "authors recommend (5 for Wan 2.1)."),
-                io.Combo.Input("solver", options=list(SOLVERS), default="euler", tooltip="How a step is computed."),
+                io.Combo.Input("solver", options=list(SOLVERS), default="euler", tooltip="How a step is computed. unipc is what Wan's authors use."),
+                io.Latent.Input("latent", optional=True, tooltip="The video to be sampled, where the recommended flow shift depends on "
+                                "its size (Wan 2.1 image-to-video: 3 at 832x480)."),
             ],
             outputs=[
                 handles.ScheduleType.Output("schedule", display_name="schedule"),
@@ -127,8 +129,10 @@ class FlowSchedule(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, dit: handles.DiTFile, steps: int, shift: float, solver: str) -> io.NodeOutput:
-        schedule = Schedule(steps=steps, shift=shift or dit.variant.sampling_shift, solver=solver)
+    def execute(cls, dit: handles.DiTFile, steps: int, shift: float, solver: str, latent=None) -> io.NodeOutput:
+        size = dit.family.latent.pixels(VideoSize(*latent["samples"].shape[2:])) if latent else dit.variant.size
+        recommended = dit.variant.shift_for(size.width, size.height)
+        schedule = Schedule(steps=steps, shift=shift or recommended, solver=solver)
         say(f"flow shift {schedule.shift:g}, sigmas " + " ".join(f"{s:.3f}" for s in schedule.sigmas.tolist()),
             cls.hidden.unique_id)  # fmt: skip
         return io.NodeOutput(schedule, schedule.sigmas)

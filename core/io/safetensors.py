@@ -145,6 +145,20 @@ def writing(
         assert written == size, f"{path.name}: wrote {written} bytes of data where the header says {size}"
 
 
+@contextmanager
+def laid_out(
+    path: Path, layout: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+) -> Iterator[tuple[Path, dict[str, TensorInfo]]]:
+    """A file with the header for `layout` and room for the data, which the block may write in any order and from several
+    threads: where to write, and where each tensor lies there. Atomic."""
+    header, size = _header(layout, metadata)
+    with atomic(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + size)
+        yield temporary, read_header(temporary).tensors
+
+
 def _header(
     layout: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
@@ -190,17 +204,18 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, stop: int) -> None:
-    """Append bytes [start, stop) of `source` to `target`, inside the kernel where the system can."""
+    """Write bytes [start, stop) of `source` to `target` where that stands, inside the kernel where the system can."""
     source.seek(start)
     left = stop - start
     if sys.platform == "linux":  # elsewhere sendfile is for sockets only
         target.flush()
+        end = target.tell() + left
         while left:
             sent = os.sendfile(target.fileno(), source.fileno(), stop - left, min(left, 1 << 30))
             if sent == 0:
                 raise ValueError(f"{source.name} ended early: it was changed while it was being read.")
             left -= sent
-        target.seek(0, os.SEEK_END)
+        target.seek(end)
         return
     while left:
         block = source.read(min(left, 16 << 20))

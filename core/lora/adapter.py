@@ -3,6 +3,7 @@
     LoRA    delta = up down                                          arXiv 2106.09685
     LoHa    delta = (w1_a w1_b) * (w2_a w2_b), element by element    arXiv 2108.06098
     LoKr    delta = w1 (x) w2, Kronecker's product, w2 = w2_a w2_b   arXiv 2212.10650
+    DoRA    rows of W + delta of a given length; applied, not trained arXiv 2402.09353
 
 None of them makes delta itself: each leads x through a few rank activations, which are all that autograd keeps, and the
 scale is applied where they are expanded and added to y in one pass. Legend: N inputs, M output rows, R rank.
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.layers import Linear
+from ..modules.quantized import frozen_linear, restored
 from .loraid import Rows
 
 
@@ -177,22 +179,22 @@ class LoHa(Adapter):
         return cls(w1_a, w1_b, torch.zeros_like(w1_a), w2_b, size.scale, rows)
 
     def reduced(self, x: Tensor) -> Tensor:
-        return F.linear(x, _row_pairs(self.w1_b.to(x.dtype), self.w2_b.to(x.dtype)))
+        return F.linear(x, row_pairs(self.w1_b.to(x.dtype), self.w2_b.to(x.dtype)))
 
     def expansion(self, dtype: torch.dtype) -> Tensor:
-        return _column_pairs(self.w1_a.to(dtype), self.w2_a.to(dtype))
+        return column_pairs(self.w1_a.to(dtype), self.w2_a.to(dtype))
 
     def norm(self) -> Tensor:
-        up, down = _column_pairs(self.w1_a, self.w2_a), _row_pairs(self.w1_b, self.w2_b)
+        up, down = column_pairs(self.w1_a, self.w2_a), row_pairs(self.w1_b, self.w2_b)
         return self.scale * _norm_of_product(up, down)
 
 
-def _row_pairs(one: Tensor, other: Tensor) -> Tensor:
+def row_pairs(one: Tensor, other: Tensor) -> Tensor:
     """(R, N), (R, N) -> (R * R, N): products of all pairs of rows."""
     return (one[:, None] * other[None]).flatten(0, 1)
 
 
-def _column_pairs(one: Tensor, other: Tensor) -> Tensor:
+def column_pairs(one: Tensor, other: Tensor) -> Tensor:
     """(M, R), (M, R) -> (M, R * R): products of all pairs of columns."""
     return (one[:, :, None] * other[:, None]).flatten(1)
 
@@ -255,6 +257,32 @@ def _kaiming(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=rng)
 
 
+class DoRA(nn.Module):
+    """y = (1 - m) W x + m g (W + delta) x, g the row's `magnitude` over the length of that row of W + delta.
+
+    W is that of the layer it is attached to, whose rows the magnitude (M,) and the inner adapter are for.
+    """
+
+    def __init__(self, inner: Adapter, magnitude: Tensor, multiplier: float) -> None:
+        super().__init__()
+        self.inner, self.multiplier = inner, multiplier
+        self.register_buffer("magnitude", magnitude)
+        self.linear: tuple[Linear, ...] = ()  # a layer in a tuple is no part of this module: it would hold itself
+
+    @torch.no_grad()
+    def attach(self, linear: Linear) -> None:
+        self.linear = (linear,)
+        weight = restored(linear.weight, linear.weight_scale, torch.float32).to(self.magnitude.device)
+        changed = self.inner(torch.eye(weight.shape[1], device=weight.device), weight.t().contiguous())
+        self.gain = self.magnitude / changed.norm(dim=0)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        (linear,) = self.linear
+        plain = frozen_linear(x, linear.weight, linear.weight_scale, None)  # not y: others may have added to it
+        changed = self.inner(x, plain.clone()) * self.gain.to(x.dtype)
+        return y + self.multiplier * (changed - plain)
+
+
 class Several(nn.Module):
     """More than one adapter on the same matrix."""
 
@@ -293,7 +321,11 @@ def attached(dit: nn.Module, adapters: Mapping[str, nn.Module]) -> Iterator[nn.M
     """The model with its adapters on, for the length of the block."""
     try:
         for name, adapter in adapters.items():
-            _linear(dit, name).adapter = adapter
+            linear = _linear(dit, name)
+            linear.adapter = adapter
+            for part in adapter.modules():
+                if isinstance(part, DoRA):
+                    part.attach(linear)
         yield dit
     finally:
         for name in adapters:

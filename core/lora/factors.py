@@ -1,21 +1,23 @@
 """What LoRA files hold of one matrix, in float32: the factors of its whole delta, with zero rows where nothing is trained.
 
-Each kind says which rows it touches, adds its delta to a band of rows, and makes the adapter for its rows.
+Each kind says which rows it touches, adds its delta to a band of rows, makes the adapter for its rows, and can be cut to
+rows, placed among rows of a larger matrix and written as a LoRA: all exactly.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .adapter import Adapter, LoHa, LoKr, LoRA
+from .adapter import Adapter, DoRA, LoHa, LoKr, LoRA, column_pairs, row_pairs
 from .loraid import Rows
 
 
@@ -49,12 +51,25 @@ class Factors(ABC):
         """The output rows [start, stop) outside of which the delta is zero: what it really changes."""
 
     @abstractmethod
-    def add_to(self, band: Tensor, first: int, multiplier: float) -> None:
-        """Add multiplier * delta to rows `first` and on of the matrix, which `band` (rows, columns) holds."""
+    def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
+        """Add multiplier * delta to rows `first` and on of the matrix, which `band` (rows, columns) holds. `weight` is what
+        the model has there: the delta of a DoRA depends on it."""
 
     @abstractmethod
-    def adapter(self, rows: Rows, multiplier: float = 1.0) -> Adapter:
+    def adapter(self, rows: Rows, multiplier: float = 1.0) -> nn.Module:
         """An adapter for these rows of the delta."""
+
+    @abstractmethod
+    def cut(self, rows: Rows) -> Factors:
+        """The delta of these rows alone, as that of a smaller matrix."""
+
+    @abstractmethod
+    def placed(self, start: int, length: int) -> Factors:
+        """The delta from row `start` on of a matrix with `length` rows, zero elsewhere."""
+
+    @abstractmethod
+    def as_lora(self) -> LoRAFactors:
+        """The same delta as a product of two matrices, in as high a rank as that takes."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -108,11 +123,25 @@ class LoRAFactors(Factors):
     def touched(self) -> Rows:
         return _hull(self.up.ne(0).any(dim=1))
 
-    def add_to(self, band: Tensor, first: int, multiplier: float) -> None:
+    def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
         band.addmm_(self.up[first : first + len(band)], self.down, alpha=self.scale * multiplier)
 
     def adapter(self, rows: Rows, multiplier: float = 1.0) -> LoRA:
         return LoRA(self.down, self.up[slice(*rows)], self.scale * multiplier, rows)
+
+    def cut(self, rows: Rows) -> LoRAFactors:
+        """Ranks that these rows do not use are left out."""
+        up = self.up[slice(*rows)]
+        used = up.ne(0).any(dim=0)
+        if not used.any() or used.all():
+            return LoRAFactors(self.down, up, self.alpha)
+        return LoRAFactors(self.down[used], up[:, used], self.alpha * int(used.sum()) / self.rank)
+
+    def placed(self, start: int, length: int) -> LoRAFactors:
+        return LoRAFactors(self.down, _placed(self.up, start, length), self.alpha)
+
+    def as_lora(self) -> LoRAFactors:
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
@@ -150,7 +179,7 @@ class LoHaFactors(Factors):
     def touched(self) -> Rows:
         return _hull(self.w1_a.ne(0).any(dim=1) & self.w2_a.ne(0).any(dim=1))
 
-    def add_to(self, band: Tensor, first: int, multiplier: float) -> None:
+    def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
         rows = slice(first, first + len(band))
         delta = (self.w1_a[rows] @ self.w1_b).mul_(self.w2_a[rows] @ self.w2_b)
         band.add_(delta, alpha=self.scale * multiplier)
@@ -158,6 +187,19 @@ class LoHaFactors(Factors):
     def adapter(self, rows: Rows, multiplier: float = 1.0) -> LoHa:
         w1_a, w2_a = self.w1_a[slice(*rows)], self.w2_a[slice(*rows)]
         return LoHa(w1_a, self.w1_b, w2_a, self.w2_b, self.scale * multiplier, rows)
+
+    def cut(self, rows: Rows) -> LoHaFactors:
+        part = slice(*rows)
+        return LoHaFactors(self.w1_a[part], self.w1_b, self.w2_a[part], self.w2_b, self.alpha)
+
+    def placed(self, start: int, length: int) -> LoHaFactors:
+        w1_a, w2_a = (_placed(part, start, length) for part in (self.w1_a, self.w2_a))
+        return LoHaFactors(w1_a, self.w1_b, w2_a, self.w2_b, self.alpha)
+
+    def as_lora(self) -> LoRAFactors:
+        """Of the square of the rank (see `adapter.py`)."""
+        up, down = column_pairs(self.w1_a, self.w2_a), row_pairs(self.w1_b, self.w2_b)
+        return LoRAFactors(down, up, self.scale * len(down))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"hada_w1_a": self.w1_a, "hada_w1_b": self.w1_b, "hada_w2_a": self.w2_a, "hada_w2_b": self.w2_b}
@@ -205,7 +247,7 @@ class LoKrFactors(Factors):
         start, stop = _hull(self.w1.ne(0).any(dim=1)) if self.w2.any() else (0, 0)
         return start * len(self.w2_a), stop * len(self.w2_a)
 
-    def add_to(self, band: Tensor, first: int, multiplier: float) -> None:
+    def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
         group = len(self.w2_a)
         begin, end = first // group, -(-(first + len(band)) // group)
         delta = torch.kron(self.w1[begin:end], self.w2)[first - begin * group :][: len(band)]
@@ -215,10 +257,115 @@ class LoKrFactors(Factors):
         first, last = (row // len(self.w2_a) for row in rows)
         return LoKr(self.w1[first:last], self.w2_a, self.w2_b, self.scale * multiplier, rows)
 
+    def cut(self, rows: Rows) -> Factors:
+        group = len(self.w2_a)
+        if rows[0] % group or rows[1] % group:
+            return self.as_lora().cut(rows)
+        return LoKrFactors(self.w1[rows[0] // group : rows[1] // group], self.w2_a, self.w2_b, self.alpha)
+
+    def placed(self, start: int, length: int) -> Factors:
+        group = len(self.w2_a)
+        if start % group or length % group:
+            return self.as_lora().placed(start, length)
+        w1 = _placed(self.w1, start // group, length // group)
+        return LoKrFactors(w1, self.w2_a, self.w2_b, self.alpha)
+
+    def as_lora(self) -> LoRAFactors:
+        """w1 (x) (a b) = (w1 (x) a) (1 (x) b)."""
+        inner = torch.eye(self.w2_a.shape[1]) if self.w2_b is None else self.w2_b
+        down = torch.kron(torch.eye(self.w1.shape[1]), inner)
+        return LoRAFactors(down, torch.kron(self.w1, self.w2_a), self.scale * len(down))
+
     def tensors(self) -> dict[str, Tensor]:
         if self.w2_b is None:
             return {"lokr_w1": self.w1, "lokr_w2": self.w2_a}
         return {"lokr_w1": self.w1, "lokr_w2_a": self.w2_a, "lokr_w2_b": self.w2_b}
+
+
+@dataclass(frozen=True)
+class DoRAFactors(Factors):
+    """A DoRA (arXiv 2402.09353): with delta of `inner`, each row of W + delta is given the length `magnitude` (rows,).
+
+    A multiplier leads from W on a straight line to that, as the usual loaders have it.
+    """
+
+    kind = "dora"
+    inner: Factors
+    magnitude: Tensor
+
+    @property
+    def alpha(self) -> float:
+        return self.inner.alpha
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def scale(self) -> float:
+        return self.inner.scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    @property
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        return self.inner.products
+
+    @cached_property
+    def touched(self) -> Rows:
+        """All rows: even where delta is zero the length may be another one."""
+        return 0, len(self.magnitude)
+
+    def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
+        weight = weight.float()
+        changed = weight.clone()
+        self.inner.add_to(changed, first, 1.0)
+        gain = self.magnitude[first : first + len(band), None] / changed.norm(dim=1, keepdim=True)
+        band.add_(changed.mul_(gain).sub_(weight), alpha=multiplier)
+
+    def adapter(self, rows: Rows, multiplier: float = 1.0) -> DoRA:
+        return DoRA(self.inner.adapter(rows), self.magnitude[slice(*rows)], multiplier)
+
+    def cut(self, rows: Rows) -> DoRAFactors:
+        return DoRAFactors(self.inner.cut(rows), self.magnitude[slice(*rows)])
+
+    def placed(self, start: int, length: int) -> Factors:
+        raise ValueError(
+            "a DoRA of some rows of a fused matrix cannot be applied: the length of the other rows is unknown."
+        )
+
+    def as_lora(self) -> LoRAFactors:
+        raise ValueError(
+            "a DoRA is no sum of the weight and a delta of its own: merge it, and extract a LoRA from that."
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.inner.tensors(), "dora_scale": self.magnitude[:, None]}
+
+    def to(self, dtype: torch.dtype) -> DoRAFactors:
+        return DoRAFactors(self.inner.to(dtype), self.magnitude.to(dtype))
+
+
+def summed(parts: Sequence[Factors]) -> Factors:
+    """The sum of deltas of one matrix; of one kind with the same alpha / rank, and of few ranks, where they allow it."""
+    if len(parts) == 1:
+        return parts[0]
+    loras = [part.as_lora() for part in parts]
+    scales = {lora.scale for lora in loras}
+    same = all(lora.down.shape == loras[0].down.shape and torch.equal(lora.down, loras[0].down) for lora in loras)
+    if same and len(scales) == 1 and _apart(loras):  # rows of one matrix that was divided
+        return LoRAFactors(loras[0].down, sum(lora.up for lora in loras), loras[0].alpha)
+    down = torch.cat([lora.down for lora in loras])
+    if len(scales) == 1:
+        return LoRAFactors(down, torch.cat([lora.up for lora in loras], dim=1), scales.pop() * len(down))
+    return LoRAFactors(down, torch.cat([lora.up * lora.scale for lora in loras], dim=1), float(len(down)))
+
+
+def _apart(loras: Sequence[LoRAFactors]) -> bool:
+    touched = sorted(lora.touched for lora in loras)
+    return all(one[1] <= other[0] for one, other in pairwise(touched))
 
 
 _OF: Mapping[type[Adapter], type[Factors]] = {LoRA: LoRAFactors, LoHa: LoHaFactors, LoKr: LoKrFactors}

@@ -1,25 +1,32 @@
-"""LoRA files: one form in memory, written in the names that trainers and ComfyUI's own loader know."""
+"""LoRA files: read in every dialect that is about, into one form; written in the dialects that other tools take."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..io import safetensors
-from .factors import Factors, LoHaFactors, LoKrFactors, LoRAFactors
+from ..io.files import read_json
+from .factors import DoRAFactors, Factors, LoHaFactors, LoKrFactors, LoRAFactors, summed
 from .inventory import Matrix
+from .names import LoRANames, Named, Placed, renamed, stems
+from .patterns import chosen
 
-_STEM = "lora_unet_"
-# Prefixes of the modules' paths, dotted or with underscores for dots, as different trainers write them.
-_PREFIXES = (
-    "lora_unet__", "lora_unet_", "lycoris_", "lora_transformer_",
-    "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "pipe.dit.", "",
-)  # fmt: skip
+# Prefixes of the modules' names, dotted or with underscores for dots, and what writes them.
+_PREFIXES = {
+    "lora_unet__": "underscored names with two bars", "lora_unet_": "training names", "lycoris_": "LyCORIS",
+    "lora_transformer_": "OneTrainer", "model.diffusion_model.": "dotted names", "diffusion_model.": "dotted names",
+    "base_model.model.": "PEFT", "transformer.": "dotted names after 'transformer'", "pipe.dit.": "DiffSynth", "": "bare names",
+}  # fmt: skip
 _SUFFIXES = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
     ".lora_A.weight": "down", ".lora_B.weight": "up",
@@ -28,6 +35,8 @@ _SUFFIXES = {
     "_lora.down.weight": "down", "_lora.up.weight": "up",
     ".lora_A": "down", ".lora_B": "up",
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
+    ".dora_scale": "dora", ".lora_magnitude_vector": "dora",
+    ".lora_magnitude_vector.weight": "dora", ".lora_magnitude_vector.default.weight": "dora",
 }  # fmt: skip
 _SUFFIXES |= {
     f".{role}": role
@@ -36,81 +45,204 @@ _SUFFIXES |= {
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
     )
 }  # fmt: skip
-_WRITTEN = {"down": "lora_down.weight", "up": "lora_up.weight"}  # other roles are written as they are called
-_OTHER_KINDS = re.compile(r"(hada_t\d|lokr_t2|oft_|boft_|\.diff(_b|_m)?$|dora_scale)")
+_OTHER_KINDS = {
+    r"oft_|boft_": "OFT", r"hada_t\d|lokr_t2|lora_mid": "Tucker factors, which are for convolutions",
+    r"\.(a1|b1|a2|b2)\.weight$": "GLoRA",
+}  # fmt: skip
+_ADAPTER_METADATA = "lora_adapter_metadata"  # what diffusers (0.34 and newer) keeps PEFT's settings under
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file is written. `names` is the field of LoRANames for its matrices, or "" for the model's own. `alpha` says
+    where alpha / rank is kept: in a tensor, in both factors, or in the metadata as diffusers has it."""
+
+    title: str
+    prefix: str
+    separator: str
+    down: str
+    up: str
+    names: str = ""
+    alpha: str = "tensor"
+    kinds: tuple[str, ...] = ("lora",)
+
+
+_ALL = ("lora", "loha", "lokr", "dora")
+DIALECTS = {
+    "training": Dialect("training names, as trainers write them", "lora_unet_", "_", "lora_down.weight", "lora_up.weight", kinds=_ALL),
+    "comfyui": Dialect("ComfyUI", "diffusion_model.", ".", "lora_down.weight", "lora_up.weight", "comfyui", kinds=_ALL),
+    "peft": Dialect("PEFT", "diffusion_model.", ".", "lora_A.weight", "lora_B.weight"),
+    "peft_folded": Dialect("PEFT, alpha multiplied into both factors", "diffusion_model.", ".", "lora_A.weight",
+                           "lora_B.weight", alpha="factors"),
+    "diffusers": Dialect("diffusers", "transformer.", ".", "lora_A.weight", "lora_B.weight", "diffusers", alpha="metadata"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA read from disk, its matrices by their names in the model. `unmatched` are the keys that fit nothing."""
+    """A LoRA read from disk, its matrices by their names in the model. `matched` keys belong to one of them, `unmatched`
+    fit nothing; `dtype` is what the file is stored in."""
 
     path: Path
     metadata: dict[str, str]
     factors: dict[str, Factors]
     unmatched: list[str]
+    matched: int = 0
+    dialect: str = ""
+    dtype: torch.dtype = torch.float32
+
+    def report(self) -> str:
+        """Dialect, kinds, ranks, alphas and keys, for people."""
+        kinds = "".join(f" {kind}," for kind in sorted({factors.kind for factors in self.factors.values()} - {"lora"}))
+        ranks = _listed(sorted({factors.rank for factors in self.factors.values()}))
+        alphas = _listed(sorted({factors.alpha for factors in self.factors.values()}))
+        words = f"{self.dialect},{kinds} rank {ranks}, alpha {alphas}, {self.matched} keys matched"
+        if self.unmatched:
+            words += f", {len(self.unmatched)} keys belong to no matrix: {', '.join(self.unmatched[:3])}"
+        return words
 
 
-def read(path: Path, matrices: Iterable[Matrix], title: str) -> LoRAFile:
-    """Read a LoRA for a model with these matrices; `title` names the model in errors.
+def _listed(numbers: Sequence[float]) -> str:
+    shown = ", ".join(f"{number:g}" for number in numbers[:4])
+    return shown if len(numbers) <= 4 else f"{shown} ... {numbers[-1]:g}"
 
-    Raises ValueError when the file is damaged, of a kind that is not supported, has factors of a wrong shape, or when
-    nothing in it belongs to this model.
+
+def read(path: Path, matrices: Iterable[Matrix], title: str, names: LoRANames | None = None,
+         include: Sequence[str] = (), exclude: Sequence[str] = ()) -> LoRAFile:  # fmt: skip
+    """Read a LoRA for a model with these matrices; `title` names the model in errors, `names` are its family's.
+
+    `include` and `exclude` are patterns on whole names of matrices. Raises ValueError when the file is damaged, of a kind
+    that is not supported, has factors of a wrong shape, or when nothing in it belongs to this model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"the LoRA {path} does not exist.")
     tensors, metadata = safetensors.load(path)
-    if any(_OTHER_KINDS.search(key) for key in tensors):
-        raise ValueError(
-            f"{path.name} is neither a LoRA nor a LoHa or LoKr of matrices (DoRA, OFT, full differences and convolutions "
-            "cannot be read). Use one of these."
-        )
+    _refuse_other_kinds(path, tensors)
     by_name = {matrix.name: matrix for matrix in matrices}
-    by_stem = {name.replace(".", "_"): name for name in by_name} | {name: name for name in by_name}
-    parts: dict[str, dict[str, Tensor]] = {}
+    names = names or LoRANames()
+    known, prefixes = stems(by_name, names), {**dict.fromkeys(names.prefixes, "the authors' own"), **_PREFIXES}
+    modules: dict[str, dict[str, Tensor]] = {}
+    dialects: Counter[str] = Counter()
     unmatched = []
     for key, value in tensors.items():
-        name, role = _resolve(key, by_stem)
-        if name is None:
+        stem, prefix, role = _resolve(key, known, prefixes)
+        if stem is None:
             unmatched.append(key)
         else:
-            parts.setdefault(name, {})[role] = value
-    if not parts:
+            modules.setdefault(stem, {})[role] = value
+            dialects[_dialect(key, prefixes[prefix], known[stem][0])] += 1
+    if not modules:
         raise ValueError(_foreign(path, list(tensors), metadata, title))
-    factors = {name: _factors(path, by_name[name], found) for name, found in parts.items()}
-    return LoRAFile(path, metadata, factors, unmatched)
+    alphas = _declared_alphas(path, metadata)
+    parts: dict[str, list[Factors]] = {}
+    for stem, found in modules.items():
+        places = known[stem][1]
+        whole = _factors(path, stem, found, alphas(stem, found))
+        for place in places:
+            parts.setdefault(place.name, []).append(_placed(path, whole, place, by_name[place.name]))
+    wanted = chosen(parts, include, exclude, list(by_name))
+    if not wanted:
+        raise ValueError(f"{path.name}: include and exclude leave none of its {len(parts)} matrices: widen them.")
+    factors = {name: summed(parts[name]) for name in by_name if name in set(wanted)}
+    floating = [value.dtype for value in tensors.values() if value.is_floating_point() and value.ndim == 2]
+    dtype = reduce(torch.promote_types, floating)
+    return LoRAFile(
+        path, metadata, factors, unmatched, len(tensors) - len(unmatched), dialects.most_common(1)[0][0], dtype
+    )
 
 
-def _resolve(key: str, by_stem: Mapping[str, str]) -> tuple[str | None, str]:
+def _refuse_other_kinds(path: Path, keys: Iterable[str]) -> None:
+    for key in keys:
+        for pattern, kind in _OTHER_KINDS.items():
+            if re.search(pattern, key):
+                raise ValueError(
+                    f"{path.name} is neither a LoRA nor a LoHa, LoKr or DoRA of matrices: '{key}' is of {kind}, which cannot be "
+                    "applied. Use one of these."
+                )
+
+
+def _resolve(key: str, known: Mapping, prefixes: Mapping[str, str]) -> tuple[str | None, str, str]:
+    """The module's name, the prefix before it and the role of the tensor."""
     for suffix, role in _SUFFIXES.items():
         if key.endswith(suffix):
             stem = key.removesuffix(suffix)
-            for prefix in _PREFIXES:
-                if stem.startswith(prefix) and stem[len(prefix) :] in by_stem:
-                    return by_stem[stem[len(prefix) :]], role
-    return None, ""
+            for prefix in prefixes:
+                if stem.startswith(prefix) and stem[len(prefix) :] in known:
+                    return stem[len(prefix) :], prefix, role
+    return None, "", ""
 
 
-def _factors(path: Path, matrix: Matrix, found: Mapping[str, Tensor]) -> Factors:
-    parts = {role: value.float() for role, value in found.items() if role != "alpha"}
+def _dialect(key: str, prefix_title: str, naming: str) -> str:
+    form = "lora_A" if ".lora_A" in key or ".lora_B" in key else ""
+    return ", ".join(word for word in (prefix_title, form, naming) if word)
+
+
+def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str, Mapping[str, Tensor]], float | None]:
+    """(module, its tensors) -> alpha: from a tensor, or from PEFT's settings in the metadata or in the file beside."""
+    settings = {}
+    if _ADAPTER_METADATA in metadata:
+        settings = {
+            key.removeprefix("transformer."): value for key, value in json.loads(metadata[_ADAPTER_METADATA]).items()
+        }
+    elif path.name.startswith("adapter_model") and (beside := path.with_name("adapter_config.json")).is_file():
+        settings = read_json(beside)
+    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+
+    def of(stem: str, found: Mapping[str, Tensor]) -> float | None:
+        if "alpha" in found:
+            return float(found["alpha"])
+        value = next((value for name, value in patterns.items() if stem == name or stem.endswith("." + name)), alpha)
+        if value is None or "down" not in found:
+            return None
+        return float(value) * (math.sqrt(len(found["down"])) if settings.get("use_rslora") else 1.0)
+
+    return of
+
+
+def _factors(path: Path, name: str, found: Mapping[str, Tensor], alpha: float | None) -> Factors:
+    parts = {role: value.float() for role, value in found.items() if role not in ("alpha", "dora")}
     for value in parts.values():
         if value.ndim != 2:
-            raise ValueError(f"{path.name}: '{matrix.name}' has factors of {value.ndim} dimensions, a matrix's have 2: this is a "
+            raise ValueError(f"{path.name}: '{name}' has factors of {value.ndim} dimensions, a matrix's have 2: this is a "
                              "LoRA for convolutions, which this model has none of.")  # fmt: skip
     for roles, make in _KINDS:
         if parts and parts.keys() == roles:
-            factors = make(parts, float(found["alpha"]) if "alpha" in found else None)
+            factors = make(parts, alpha)
             break
     else:
+        raise ValueError(f"{path.name}: '{name}' has only {' and '.join(found)}: the file is damaged, get it again.")
+    if not all(a.shape[1] == b.shape[0] for a, b in factors.products):
         raise ValueError(
-            f"{path.name}: '{matrix.name}' has only {' and '.join(found)}: the file is damaged, get it again."
+            f"{path.name}: the factors of '{name}' do not fit each other: the file is damaged, get it again."
         )
-    fits = all(a.shape[1] == b.shape[0] for a, b in factors.products)
-    if not fits or factors.shape != (matrix.rows, matrix.columns):
+    return factors if "dora" not in found else _dora(path, name, factors, found["dora"].float())
+
+
+def _dora(path: Path, name: str, inner: Factors, magnitude: Tensor) -> DoRAFactors:
+    rows, columns = inner.shape
+    if magnitude.shape not in ((rows,), (rows, 1)):
         raise ValueError(
-            f"{path.name}: '{matrix.name}' is for a matrix of {factors.shape[0]} x {factors.shape[1]}, this model's is "
-            f"{matrix.rows} x {matrix.columns}: the LoRA belongs to another size of the model."
+            f"{path.name}: '{name}' is a DoRA with lengths of shape {tuple(magnitude.shape)} for a matrix of {rows} x {columns}: "
+            "only lengths of output rows can be applied. Merge it with the tool that made it."
         )
-    return factors
+    return DoRAFactors(inner, magnitude.flatten())
+
+
+def _placed(path: Path, whole: Factors, place: Placed, matrix: Matrix) -> Factors:
+    """The share of a file's matrix that belongs to the model's, where it belongs."""
+    start, stop = place.of_ours.rows(matrix.rows)
+    theirs = (place.of_theirs.whole(stop - start), matrix.columns)
+    if whole.shape != theirs:
+        raise ValueError(
+            f"{path.name}: '{matrix.name}' is for a matrix of {whole.shape[0]} x {whole.shape[1]}, this model's is "
+            f"{theirs[0]} x {theirs[1]}: the LoRA belongs to another size of the model."
+        )
+    rows = place.of_theirs.rows(theirs[0])
+    cut = whole if rows == (0, theirs[0]) else whole.cut(rows)
+    try:
+        return cut if (start, stop) == (0, matrix.rows) else cut.placed(start, matrix.rows)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: '{matrix.name}': {error}") from error
 
 
 def _lora(parts: Mapping[str, Tensor], alpha: float | None) -> LoRAFactors:
@@ -155,13 +287,71 @@ def _foreign(path: Path, keys: list[str], metadata: Mapping[str, str], title: st
     return f"{path.name} does not belong to this model ({title}): none of its {len(keys)} keys match, {origin}."
 
 
-def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA that ComfyUI's own loader and the usual scripts read, in the dtypes of the factors; atomic."""
+def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str], dialect: str = "training",
+         names: LoRANames | None = None) -> None:  # fmt: skip
+    """Write a LoRA in the dtypes of the factors; atomic. `names` are those of the model's family.
+
+    Raises ValueError for factors that the dialect has no form for.
+    """
+    form = DIALECTS[dialect]
+    modules = _modules(factors, getattr(names or LoRANames(), form.names) if form.names else ())
     tensors: dict[str, Tensor] = {}
-    for name, factor in factors.items():
-        stem = _STEM + name.replace(".", "_")
-        tensors[f"{stem}.alpha"] = torch.tensor(factor.alpha)  # float32: rounded, it would scale what was trained
-        tensors |= {f"{stem}.{_WRITTEN.get(role, role)}": value for role, value in factor.tensors().items()}
+    for module, factor in modules.items():
+        if factor.kind not in form.kinds:
+            raise ValueError(f"'{module}' is a {factor.kind}, which {form.title} has no form for: resize it to a LoRA first, or "
+                             "choose training or comfyui.")  # fmt: skip
+        stem = form.prefix + module.replace(".", form.separator)
+        if form.alpha == "tensor":
+            tensors[f"{stem}.alpha"] = torch.tensor(factor.alpha)  # float32: rounded, it would scale what was trained
+        elif form.alpha == "factors":
+            factor = _folded(factor)
+        roles = {"down": form.down, "up": form.up}
+        tensors |= {f"{stem}.{roles.get(role, role)}": value for role, value in factor.tensors().items()}
+    metadata = {key: value for key, value in metadata.items() if key != _ADAPTER_METADATA}
+    if form.alpha == "metadata":
+        metadata[_ADAPTER_METADATA] = json.dumps(_peft_settings(modules))
+    write(path, tensors, metadata)
+
+
+def _modules(factors: Mapping[str, Factors], table: Sequence[Named]) -> dict[str, Factors]:
+    """The factors by the matrices of a tool that names and divides them by this table."""
+    found = {}
+    for theirs, places in renamed(factors, table).items():
+        parts = []
+        for place in places:
+            ours = factors[place.name]
+            rows = place.of_ours.rows(ours.shape[0])
+            cut = ours if rows == (0, ours.shape[0]) else ours.cut(rows)
+            start, stop = place.of_theirs.rows(total := place.of_theirs.whole(cut.shape[0]))
+            parts.append(cut if stop - start == total else cut.placed(start, total))
+        whole = summed(parts)
+        if whole.touched != (0, 0) or places[0].of_ours.of == 1:  # a divided matrix may be trained in part
+            found[theirs] = whole
+    return found
+
+
+def _folded(factor: LoRAFactors) -> LoRAFactors:
+    """With alpha / rank as root in both factors, as converters of the field have it; a sign goes to `up`."""
+    root = math.sqrt(abs(factor.scale))
+    up = factor.up.float() * math.copysign(root, factor.scale)
+    return LoRAFactors((factor.down.float() * root).to(factor.down.dtype), up.to(factor.up.dtype), float(factor.rank))
+
+
+def _peft_settings(modules: Mapping[str, LoRAFactors]) -> dict[str, object]:
+    """What diffusers makes PEFT's LoraConfig of: the most frequent rank and alpha, and the exceptions."""
+    rank = Counter(factor.rank for factor in modules.values()).most_common(1)[0][0]
+    alpha = Counter(factor.alpha for factor in modules.values()).most_common(1)[0][0]
+    settings = {
+        "r": rank, "lora_alpha": alpha, "target_modules": list(modules),
+        "rank_pattern": {name: factor.rank for name, factor in modules.items() if factor.rank != rank},
+        "alpha_pattern": {name: factor.alpha for name, factor in modules.items() if factor.alpha != alpha},
+    }  # fmt: skip
+    return {f"transformer.{key}": value for key, value in settings.items()}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA's tensors with metadata whose hashes are theirs; atomic."""
+    metadata = {key: value for key, value in metadata.items() if key != "modelspec.hash_sha256"}
     trained = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     model, legacy = safetensors.model_hashes(tensors, trained)
     hashes = {"sshs_model_hash": model, "sshs_legacy_hash": legacy}

@@ -1,158 +1,318 @@
-"""Merging LoRAs into a checkpoint, as a stream: memory does not depend on the model's size.
+"""Merging LoRAs into a checkpoint of any floating dtype, and taking them out again.
 
-Each weight is read once, all deltas are added in float32 and the sum is rounded once. Rows that no LoRA touches are
-copied byte for byte.
+Each weight is read once, all deltas are added in float32 and the sum is rounded once, to the dtype it is stored in. What
+no LoRA touches is copied byte for byte. The metadata say what was merged, so that it can be taken out again.
+
+A scaled fp8 weight is restored with its factor, and the sum stored with the same factor; only where the sum is too large
+for that the factor grows, for the row or the matrix that it is for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..family import Part
-from ..io import safetensors
 from ..io.files import fingerprint
-from ..io.safetensors import Header, TensorInfo, read_tensor
-from ..prefetch import prefetched
-from ..weights import shards
+from ..modules.quantized import FP8
+from .combine import Adding, Combination, Share, adding
+from .loraid import Rows
+from .rewriting import Change, Source, Stored, Target, bands, read_rows, rewritten
 from .stack import LoadedLoRA
 
 _PROVENANCE = "videolora_merged"
-_CHUNK_ELEMENTS = 1 << 20  # of a matrix at a time: 4 MiB in float32 stay in the processor's cache, twice as fast
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+SUM = Combination()
 
 
 def merge(
-    source: Path, target: Path, prefix: str, part: Part, stack: Sequence[LoadedLoRA]
+    source: Path, target: Path, prefix: str, part: Part, stack: Sequence[LoadedLoRA], how: Combination = SUM
 ) -> Iterator[tuple[int, int]]:
     """Write `source` with the stack merged in to `target`; yields (bytes done, bytes in all).
 
     `prefix` stands before the model's names in the file; a source of several shards becomes one file. The target appears
     only when it is complete. Raises ValueError when the source cannot be merged into.
     """
-    headers = {path: safetensors.read_header(path) for path in _source_files(source, target)}
-    touched = {f"{prefix}{part.keymap.to_file(name + '.weight')}": name for name in _touched_matrices(stack)}
-    tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
-    for weight in touched:
-        if tensors[weight].dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{source.name}: '{weight}' is stored as {tensors[weight].dtype}. Merge into the 16-bit or 32-bit version of "
-                "the checkpoint."
-            )
-    layout = [(name, info.shape, info.dtype) for name, info in tensors.items()]
-    total, done = sum(info.nbytes for info in tensors.values()), 0
-    with ExitStack() as context:
-        opened = {path: context.enter_context(open(path, "rb")) for path in headers}
-        output = context.enter_context(safetensors.writing(target, layout, _metadata(source, headers, stack)))
-        # Sums are made in a thread while the disk takes what is ready.
-        pieces = context.enter_context(closing(prefetched(_pieces(opened, headers, touched, stack), depth=8)))
-        for piece in pieces:
-            if isinstance(piece, Tensor):
-                output.write(safetensors.tensor_bytes(piece))
-                done += piece.nbytes
-            else:
-                with open(piece.path, "rb") as file:  # not the one that the thread is reading from
-                    safetensors.copy_bytes(file, output, piece.start, piece.stop)
-                done += piece.stop - piece.start
-            yield done, total
+    checkpoint = Source(source, prefix, part)
+    metadata = {**checkpoint.metadata, _PROVENANCE: json.dumps(_provenance(checkpoint, stack, how))}
+    yield from rewritten(checkpoint, target, metadata, _merging(checkpoint, stack, how))
 
 
-def is_merged(source: Path, target: Path, stack: Sequence[LoadedLoRA]) -> bool:
+def is_merged(
+    source: Path, target: Path, prefix: str, part: Part, stack: Sequence[LoadedLoRA], how: Combination = SUM
+) -> bool:
     """Whether `target` is exactly this merge, made earlier."""
     try:
-        found = safetensors.read_header(target).metadata.get(_PROVENANCE)
+        found = Source(target, prefix, part).metadata.get(_PROVENANCE)
     except (OSError, ValueError):
         return False
-    headers = {path: safetensors.read_header(path) for path in _source_files(source, target)}
-    return found == _metadata(source, headers, stack)[_PROVENANCE]
+    return found == json.dumps(_provenance(Source(source, prefix, part), stack, how))
 
 
-def _source_files(source: Path, target: Path) -> list[Path]:
-    if source.suffix.lower() != ".safetensors":
-        raise ValueError(f"{source.name}: only safetensors checkpoints can be merged into.")
-    if target.exists() and target.samefile(source):
-        raise ValueError(f"{target.name} is the checkpoint itself: choose another name for the merged one.")
-    return shards(source)
+def _touched(lora: LoadedLoRA) -> dict[str, Rows]:
+    return {name: factors.touched for name, factors in lora.file.factors.items() if factors.touched != (0, 0)}
 
 
-def _touched_matrices(stack: Sequence[LoadedLoRA]) -> set[str]:
-    return {name for lora in stack for name, factors in lora.file.factors.items() if factors.touched != (0, 0)}
+def _check_dtype(source: Source, weight: str, scale: str | None) -> None:
+    info = source.tensors[weight].info
+    if info.dtype not in _DTYPES or len(info.shape) != 2:
+        raise ValueError(f"{source.path.name}: '{weight}' is stored as {info.dtype}, which nothing can be added to. Merge into a "
+                         "32-bit, 16-bit or fp8 version of the checkpoint.")  # fmt: skip
+    if scale is not None:
+        shape = source.tensors[scale].info.shape
+        if shape not in ((), (1,), (1, 1), (info.shape[0],), (info.shape[0], 1)):
+            raise ValueError(f"{source.path.name}: '{scale}' has shape {shape}, and only one factor for a matrix or one for each "
+                             "row can be kept. Merge into the 16-bit version of the checkpoint.")  # fmt: skip
 
 
-def _metadata(source: Path, headers: Mapping[Path, Header], stack: Sequence[LoadedLoRA]) -> dict[str, str]:
-    """The source's own metadata, and what was merged into it, this time and before."""
-    metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
+def _merging(
+    source: Source, stack: Sequence[LoadedLoRA], how: Combination, sign: float = 1.0
+) -> dict[tuple[str, ...], Change]:
+    """For each touched matrix (and its factor, if it has one) what writes it with the deltas, times `sign`."""
+    contents = {lora.entry.path: fingerprint(lora.entry.path) for lora in stack}
+    shares: dict[str, list[Share]] = {}
+    for lora in stack:
+        for matrix in _touched(lora):
+            share = Share(lora.file.factors[matrix], sign * lora.entry.multiplier, contents[lora.entry.path])
+            shares.setdefault(matrix, []).append(share)
+    changes: dict[tuple[str, ...], Change] = {}
+    for matrix, of_matrix in shares.items():
+        weight, scale = source.weight(matrix), source.scale(matrix)
+        _check_dtype(source, weight, scale)
+        if scale is None:
+            changes[weight,] = _Plain(source.tensors[weight], weight, matrix, of_matrix, how)
+        else:
+            changes[weight, scale] = _Scaled(source, weight, scale, matrix, of_matrix, how)
+    return changes
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Writes a matrix with its LoRAs."""
+
+    stored: Stored
+    weight: str
+    matrix: str
+    shares: Sequence[Share]
+    how: Combination
+
+    def __call__(self, target: Target) -> Iterator[int]:
+        add = adding(
+            self.how,
+            self.matrix,
+            self.shares,
+            lambda: ((a, self.read(a, b).float()) for a, b in bands(self.stored.info)),
+        )
+        for first, last in bands(self.stored.info):
+            raw = self.read(first, last)
+            summed, touched = _summed(raw.float(), first, add)
+            yield target.write_rows(self.weight, first, _rounded(summed, raw, touched))
+
+    def read(self, first: int, last: int) -> Tensor:
+        return read_rows(self.stored, first, last)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Writes a scaled fp8 matrix with its LoRAs, and its factor."""
+
+    source: Source
+    weight: str
+    scale: str
+    matrix: str
+    shares: Sequence[Share]
+    how: Combination
+
+    def __call__(self, target: Target) -> Iterator[int]:
+        stored, info = self.source.tensors[self.weight], self.source.tensors[self.scale].info
+        rows, whole = stored.info.shape[0], bands(stored.info)
+        factor = self.source.read(self.scale).float().reshape(-1, 1)
+        old = factor.expand(rows, 1)
+
+        def restored(first: int, last: int) -> Tensor:
+            return read_rows(stored, first, last).float() * old[first:last]
+
+        add = adding(self.how, self.matrix, self.shares, lambda: ((a, restored(a, b)) for a, b in whole))
+        largest = torch.zeros(rows, 1)
+        for first, last in whole:
+            summed, touched = _summed(restored(first, last), first, add)
+            largest[first:last] = summed.abs_().amax(dim=1, keepdim=True) * touched[:, None]
+        needed = largest / torch.finfo(stored.info.dtype).max
+        new = torch.maximum(factor, needed if len(factor) > 1 else needed.amax(dim=0, keepdim=True))
+        new = new.to(info.dtype).float()  # as it will be read
+        grown = (new != factor).flatten().expand(rows)
+        for first, last in whole:
+            summed, touched = _summed(restored(first, last), first, add)
+            summed /= new.expand(rows, 1)[first:last]
+            raw = read_rows(stored, first, last)
+            yield target.write_rows(self.weight, first, _rounded(summed, raw, touched | grown[first:last]))
+        yield target.write(self.scale, new.reshape(info.shape).to(info.dtype))
+
+
+def _summed(full: Tensor, first: int, add: Adding) -> tuple[Tensor, Tensor]:
+    """The rows from `first` on in float32 with all deltas, and which of them are touched."""
+    delta, touched = torch.zeros_like(full), torch.zeros(len(full), dtype=torch.bool)
+    add(delta, first, full, touched)
+    return delta.add_(full), touched
+
+
+def _rounded(summed: Tensor, raw: Tensor, touched: Tensor) -> Tensor:
+    """In the dtype of the file; rows that are not touched as they were."""
+    if raw.dtype in FP8:
+        most = torch.finfo(raw.dtype).max
+        summed = summed.clamp_(-most, most)  # beyond it the cast gives no number
+    rounded = summed.to(raw.dtype)
+    if not touched.all():
+        rounded.view(torch.uint8)[~touched] = raw.view(torch.uint8)[~touched]
+    return rounded
+
+
+def _provenance(source: Source, stack: Sequence[LoadedLoRA], how: Combination) -> list[dict[str, Any]]:
+    """What was merged, this time and before."""
     loras = [
         {
             "file": lora.entry.path.name,
             "fingerprint": fingerprint(lora.entry.path),
             "multiplier": lora.entry.multiplier,
             "loraid": lora.number,
+            "rows": _touched(lora),
         }
         for lora in sorted(stack, key=lambda lora: (lora.number or 0, lora.entry.path.name))  # the order has no effect
     ]
-    earlier = json.loads(metadata.get(_PROVENANCE, "[]"))
-    now = {"base": source.name, "base_fingerprint": fingerprint(source), "loras": loras}
-    return {**metadata, _PROVENANCE: json.dumps([*earlier, now])}
+    earlier = json.loads(source.metadata.get(_PROVENANCE, "[]"))
+    return [
+        *earlier,
+        {"base": source.path.name, "base_fingerprint": fingerprint(source.path), "loras": loras, **how.describe()},
+    ]
 
 
-class Untouched(NamedTuple):
-    """Bytes of a source file that stay as they are."""
-
-    path: Path
-    start: int
-    stop: int
-
-
-def _pieces(
-    opened: Mapping[Path, BinaryIO],
-    headers: Mapping[Path, Header],
-    touched: Mapping[str, str],
+def unmerge(
+    source: Path,
+    target: Path,
+    prefix: str,
+    part: Part,
     stack: Sequence[LoadedLoRA],
-) -> Iterator[Untouched | Tensor]:
-    """The target's data in order: runs of untouched bytes, and the merged rows of touched matrices."""
-    for path, header in headers.items():
-        start = stop = None
-        for name, info in header.tensors.items():
-            if start is not None and (name in touched or stop != info.start):
-                yield Untouched(path, start, stop)
-                start = None
-            if name in touched:
-                yield from _merged_bands(opened[path], info, touched[name], stack)
-            else:
-                start, stop = info.start if start is None else start, info.stop
-        if start is not None:
-            yield Untouched(path, start, stop)
+    base: tuple[Path, str, Part] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Write `source`, a merged checkpoint, without the LoRAs of the stack to `target`; yields (bytes done, bytes in all).
+
+    With `base`, the checkpoint (and its prefix and part) that was merged into first, the rows come from there: the original
+    bytes. Without it the deltas are subtracted, which leaves the rounding of the merge.
+
+    Raises ValueError when the file does not say that these were merged into it, and when others were merged into the same
+    rows.
+    """
+    checkpoint = Source(source, prefix, part)
+    history = json.loads(checkpoint.metadata.get(_PROVENANCE, "[]"))
+    left, removed = _divided(checkpoint, history, stack)
+    if base is None:
+        _check_subtractable(checkpoint, history, stack)
+        changes = _merging(checkpoint, stack, SUM, sign=-1.0)
+    else:
+        changes = _restoring(checkpoint, Source(*base), history, left, removed)
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != _PROVENANCE}
+    if left:
+        metadata[_PROVENANCE] = json.dumps(left)
+    yield from rewritten(checkpoint, target, metadata, changes)
 
 
-def _merged_bands(file: BinaryIO, info: TensorInfo, name: str, stack: Sequence[LoadedLoRA]) -> Iterator[Tensor]:
-    """One matrix, a band of rows at a time. Bands lie the same way whatever the stack: sums are reproducible."""
-    rows, columns = info.shape
-    step = max(1, _CHUNK_ELEMENTS // columns)
-    row_bytes = columns * info.dtype.itemsize
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        span = (info.start + row * row_bytes for row in (first, last))
-        weight = read_tensor(file, TensorInfo((last - first, columns), info.dtype, *span))
-        yield _merged(weight, first, name, stack)
+_Rows = dict[str, list[Rows]]
 
 
-def _merged(weight: Tensor, first: int, name: str, stack: Sequence[LoadedLoRA]) -> Tensor:
-    """weight (rows, columns), whose first row is number `first` of its matrix, with all deltas of the stack."""
-    delta = torch.zeros(weight.shape)
-    touched = torch.zeros(len(weight), dtype=torch.bool)
+def _divided(
+    source: Source, history: list[dict[str, Any]], stack: Sequence[LoadedLoRA]
+) -> tuple[list[dict[str, Any]], _Rows]:
+    """The history without these LoRAs, and the rows that they changed."""
+    left = [{**merged, "loras": list(merged["loras"])} for merged in history]
+    removed: list[dict[str, Any]] = []
     for lora in stack:
-        if name not in lora.file.factors:
-            continue
-        factors = lora.file.factors[name]
-        start, stop = (min(max(row - first, 0), len(weight)) for row in factors.touched)
-        if start < stop:
-            factors.add_to(delta[start:stop], first + start, lora.entry.multiplier)
-            touched[start:stop] = True
-    merged = delta.add_(weight).to(weight.dtype)
-    return merged if touched.all() else torch.where(touched[:, None], merged, weight)
+        wanted = (fingerprint(lora.entry.path), lora.entry.multiplier)
+        for merged in left:
+            found = next((one for one in merged["loras"] if (one["fingerprint"], one["multiplier"]) == wanted), None)
+            if found:
+                merged["loras"].remove(found)
+                removed.append(found)
+                break
+        else:
+            there = [f"{one['file']} x {one['multiplier']:g}" for merged in history for one in merged["loras"]]
+            raise ValueError(f"{source.path.name} does not say that {lora.entry.path.name} x {lora.entry.multiplier:g} was merged "
+                             f"into it; it says: {', '.join(there) or 'nothing'}.")  # fmt: skip
+    rows = _rows_of(removed)
+    for merged in left:
+        for one in merged["loras"]:
+            for name, (start, stop) in one["rows"].items():
+                if any(max(start, a) < min(stop, b) for a, b in rows.get(name, ())):
+                    raise ValueError(f"{one['file']} was merged into the same rows of '{name}', and would go too: unmerge it as "
+                                     "well, and merge it again afterwards.")  # fmt: skip
+    return [merged for merged in left if merged["loras"]], rows
+
+
+def _rows_of(loras: Iterable[Mapping[str, Any]]) -> _Rows:
+    rows: _Rows = {}
+    for lora in loras:
+        for name, (start, stop) in lora["rows"].items():
+            rows.setdefault(name, []).append((start, stop))
+    return rows
+
+
+def _check_subtractable(source: Source, history: list[dict[str, Any]], stack: Sequence[LoadedLoRA]) -> None:
+    names = {lora.entry.path.name for lora in stack}
+    for merged in history:
+        if merged["method"] != "sum" and names & {one["file"] for one in merged["loras"]}:
+            raise ValueError(f"{source.path.name} was merged by {merged['method']}, which cannot be subtracted: give the base "
+                             f"checkpoint, {merged['base']}.")  # fmt: skip
+    for lora in stack:
+        if any(factors.kind == "dora" for factors in lora.file.factors.values()):
+            raise ValueError(f"{lora.entry.path.name} is a DoRA, which cannot be subtracted: give the base checkpoint.")
+
+
+def _restoring(
+    source: Source, base: Source, history: list[dict[str, Any]], left: list[dict[str, Any]], removed: _Rows
+) -> dict[tuple[str, ...], Change]:
+    """For each matrix what writes the removed rows as the base has them, and the others as the source has them."""
+    if history[0]["base_fingerprint"] != fingerprint(base.path):
+        raise ValueError(f"{base.path.name} is not what {source.path.name} was made of: that was {history[0]['base']}.")
+    still = _rows_of(one for merged in left for one in merged["loras"])
+    changes: dict[tuple[str, ...], Change] = {}
+    for matrix, rows in removed.items():
+        weight, scale = source.weight(matrix), source.scale(matrix)
+        ours = base.tensors[base.weight(matrix)]
+        if scale is not None and not torch.equal(source.read(scale), base.read(base.scale(matrix))):
+            if matrix in still:
+                raise ValueError(f"the fp8 factor of '{matrix}' has grown with the merge, and other LoRAs are merged into it too: "
+                                 "unmerge all of them, and merge those again that are to stay.")  # fmt: skip
+            changes[weight, scale] = _Copied(
+                weight, source, ours, [(0, ours.info.shape[0])], scale, base.read(base.scale(matrix))
+            )
+        else:
+            changes[weight,] = _Copied(weight, source, ours, rows)
+    return changes
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """Writes a matrix, some rows of it from another file, and its fp8 factor if that is given."""
+
+    weight: str
+    source: Source
+    other: Stored
+    rows: list[Rows]
+    scale: str = ""
+    factor: Tensor | None = None
+
+    def __call__(self, target: Target) -> Iterator[int]:
+        info, done = target.tensors[self.weight], 0
+        own = self.source.tensors[self.weight]
+        for start, stop in [*sorted(self.rows), (info.shape[0], info.shape[0])]:
+            for stored, first, last in ((own, done, max(start, done)), (self.other, max(start, done), max(stop, done))):
+                a, b = (row * (info.nbytes // info.shape[0]) for row in (first, last))
+                yield from target.copy(stored.path, stored.info.start + a, stored.info.start + b, info.start + a)
+            done = max(stop, done)
+        if self.factor is not None:
+            yield target.write(self.scale, self.factor)

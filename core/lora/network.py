@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from .factors import Factors
 from .files import LoRAFile
 from .inventory import Matrix
 from .loraid import Rows
+from .patterns import check_patterns, chosen
 
 _MOST_LOHA_RANK = 64  # it reaches the rank of a LoRA of 4096, and costs what that costs
 
@@ -75,13 +75,7 @@ class NetworkSettings:
             f"'{self.kind}' has no up matrix, which LoRA+ is for: set its ratio to 1.",
         )
         require(0 <= self.max_norm < math.inf, f"max norm is {self.max_norm}: use 0 (off), or 1 or so.")
-        for pattern in (*self.include, *self.exclude):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"the pattern '{pattern}' is no regular expression ({error}): use one such as .*self_attn.*"
-                ) from error
+        check_patterns(*self.include, *self.exclude)
 
     @property
     def dropouts(self) -> Dropout:
@@ -92,20 +86,9 @@ class NetworkSettings:
 
         Raises ValueError for a pattern that matches none of them, and when nothing is left of the share.
         """
-        names = list(names)
-        for pattern in (*self.include, *self.exclude):
-            if not any(re.fullmatch(pattern, name) for name in names):
-                raise ValueError(
-                    f"the pattern '{pattern}' matches none of the model's {len(names)} matrices. It must match a whole name, "
-                    f"such as {names[0]}; use .*{pattern}.* for a part of it."
-                )
-        left = {name: owned for name, owned in rows.items() if self._is_chosen(name)}
+        left = set(chosen(rows, self.include, self.exclude, list(names)))
         require(bool(left), f"include and exclude leave none of the {len(rows)} matrices to train: widen them.")
-        return left
-
-    def _is_chosen(self, name: str) -> bool:
-        included = not self.include or any(re.fullmatch(pattern, name) for pattern in self.include)
-        return included and not any(re.fullmatch(pattern, name) for pattern in self.exclude)
+        return {name: owned for name, owned in rows.items() if name in left}
 
 
 def make_adapters(

@@ -10,19 +10,23 @@ from pathlib import Path
 import torch
 
 from ..family import Family, Variant
+from ..io import safetensors
 from . import files, loraid
-from .adapter import Several
+from .adapter import LoRA, Several
 from .files import LoRAFile
 from .inventory import Matrix
 
 
 @dataclass(frozen=True)
 class StackEntry:
-    """A LoRA file to be used with a multiplier. `number` is the LORAID it must be of (0 = whatever it is)."""
+    """A LoRA file to be used with a multiplier. `number` is the LORAID it must be of (0 = whatever it is); `include` and
+    `exclude` are patterns on whole names of the matrices to use of it."""
 
     path: Path
     multiplier: float = 1.0
     number: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,48 @@ class LoadedLoRA:
     entry: StackEntry
     file: LoRAFile
     number: int | None
+
+
+def entries_of(
+    paths: Sequence[Path],
+    multipliers: Sequence[float] = (),
+    numbers: Sequence[int] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[StackEntry]:
+    """A stack from lists. Multipliers that are not given are 1.0. With LORAID `numbers` files are found for them by what
+    their metadata say, and multipliers are in the order of the numbers; without, in that of the files.
+
+    Raises ValueError for a number without a file, a file without a number, and more multipliers than there are.
+    """
+    if numbers:
+        paths = _in_order_of(list(dict.fromkeys(numbers)), paths)
+    if len(multipliers) > len(paths):
+        raise ValueError(f"{len(multipliers)} multipliers are given for {len(paths)} LoRAs: give one for each.")
+    padded = [*multipliers, *[1.0] * (len(paths) - len(multipliers))]
+    asked = list(dict.fromkeys(numbers)) or [0] * len(paths)
+    return [
+        StackEntry(path, multiplier, number, tuple(include), tuple(exclude))
+        for path, multiplier, number in zip(paths, padded, asked, strict=True)
+    ]
+
+
+def _in_order_of(numbers: Sequence[int], paths: Sequence[Path]) -> list[Path]:
+    found: dict[int, Path] = {}
+    for path in paths:
+        declared = loraid.from_metadata(safetensors.read_header(path).metadata)
+        if declared is None or declared.number not in numbers:
+            has = "has no LORAID" if declared is None else f"is LORAID {declared.number}"
+            raise ValueError(f"{path.name} {has}, and LORAID {', '.join(map(str, numbers))} are asked for.")
+        if declared.number in found:
+            raise ValueError(
+                f"{path.name} and {found[declared.number].name} are both LORAID {declared.number}: give one."
+            )
+        found[declared.number] = path
+    missing = [str(number) for number in numbers if number not in found]
+    if missing:
+        raise ValueError(f"no file is given for LORAID {', '.join(missing)}.")
+    return [found[number] for number in numbers]
 
 
 class Collision(ValueError):
@@ -48,7 +94,7 @@ def load_stack(
     for entry in entries:
         if entry.multiplier == 0:
             continue
-        file = files.read(entry.path, matrices, variant.title)
+        file = files.read(entry.path, matrices, variant.title, family.lora_names, entry.include, entry.exclude)
         try:
             _check_expert(file, variant)
             loaded.append(LoadedLoRA(entry, file, _checked_loraid(entry, file, family, matrices)))
@@ -122,21 +168,26 @@ def adapters(stack: Sequence[LoadedLoRA], device: torch.device, dtype: torch.dty
             if factors.touched != (0, 0):
                 adapter = factors.adapter(factors.touched, lora.entry.multiplier).to(device, dtype)
                 found.setdefault(name, []).append(adapter.requires_grad_(False))
-    return {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in found.items()}
+    return {name: _one(parts) for name, parts in found.items()}
+
+
+def _one(parts: list[torch.nn.Module]) -> torch.nn.Module:
+    """One adapter for several on a matrix; LoRAs of the same rows become one of all their ranks, which goes over the output
+    once."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, LoRA) and part.rows == parts[0].rows for part in parts):
+        down, up = torch.cat([part.down for part in parts]), torch.cat([part.scale * part.up for part in parts], dim=1)
+        return LoRA(down, up, 1.0, parts[0].rows).requires_grad_(False)
+    return Several(parts)
 
 
 def report(stack: Sequence[LoadedLoRA], switched_off: int = 0) -> str:
     """A line per LoRA: what it matched, and whether they are disjoint."""
     lines = []
     for lora in stack:
-        unmatched = lora.file.unmatched
-        ignored = f", {len(unmatched)} keys belong to no matrix: {', '.join(unmatched[:3])}" if unmatched else ""
-        ranks = sorted({factors.rank for factors in lora.file.factors.values()})
-        kinds = sorted({factors.kind for factors in lora.file.factors.values()} - {"lora"})
-        kind = f" {', '.join(kinds)}," if kinds else ""
         lines.append(
-            f"{_titled(lora)} x {lora.entry.multiplier:g}:{kind} {len(lora.file.factors)} matrices, "
-            f"rank {', '.join(map(str, ranks))}{ignored}"
+            f"{_titled(lora)} x {lora.entry.multiplier:g}: {len(lora.file.factors)} matrices, {lora.file.report()}"
         )
     if switched_off:
         lines.append(f"{switched_off} switched off by multiplier 0")

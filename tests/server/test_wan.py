@@ -96,6 +96,7 @@ def samplers(graph, unet, conditioning, name):
     """ComfyUI's own sampler beside ours, with the same noise, sigmas and conditioning; both save their latents."""
     sample, schedule = node(graph, "VideoLoRASample"), node(graph, "VideoLoRAFlowSchedule")
     positive, negative, latent = conditioning
+    graph = client.with_overrides(graph, {schedule: {"steps": 10, "solver": "euler", "latent": latent}})
     keep = {k: v for k, v in graph.items() if v["class_type"] not in ("VideoLoRADecode", "CreateVideo", "SaveVideo")}
     keep[sample]["inputs"] |= {"positive": positive, "negative": negative, "latent": latent, "seed": 5}
     return {
@@ -115,7 +116,7 @@ def test_our_start_image_samples_alike_in_comfyuis_own_sampler(server):
     encode = node(graph, "VideoLoRAEncodeImage")
     graph = samplers(graph, "wan2.1_i2v_480p_14B_fp16.safetensors", [[encode, 0], [encode, 1], [encode, 2]], "image")
     run(server, graph)
-    assert reference.relative_error(latent_of(server, "image_ours"), latent_of(server, "image_stock")) < 2e-2
+    assert reference.relative_error(latent_of(server, "image_ours"), latent_of(server, "image_stock")) < 1e-2
 
 
 def test_comfyuis_own_start_image_samples_alike_in_our_sampler(server):
@@ -130,7 +131,7 @@ def test_comfyuis_own_start_image_samples_alike_in_our_sampler(server):
     graph = client.with_overrides(graph, {"VideoLoRALoadDiT": {"model": unet}})
     graph = samplers(graph, unet, [["image", 0], ["image", 1], ["image", 2]], "own")
     run(server, graph)
-    assert reference.relative_error(latent_of(server, "own_ours"), latent_of(server, "own_stock")) < 2e-2
+    assert reference.relative_error(latent_of(server, "own_ours"), latent_of(server, "own_stock")) < 1e-2
 
 
 def test_a_training_shows_previews_that_begin_with_an_image(server):
@@ -154,7 +155,9 @@ def test_a_training_shows_previews_that_begin_with_an_image(server):
 
 
 def test_a_pair_samples_as_two_of_comfyuis_own_samplers_do(server, experts):
-    graph = demo.graph("wan22_t2v_sample", **QUICK)
+    graph = client.with_overrides(
+        demo.graph("wan22_t2v_sample", **QUICK), {"VideoLoRAFlowSchedule": {"solver": "euler"}}
+    )
     sample, schedule = node(graph, "VideoLoRASample"), node(graph, "VideoLoRAFlowSchedule")
     inputs = graph[sample]["inputs"]
     inputs |= {"dit": [node(graph, "VideoLoRALoadWanExperts"), 0], "seed": 5}
@@ -182,4 +185,4 @@ def test_a_pair_samples_as_two_of_comfyuis_own_samplers_do(server, experts):
         "save_ours": {"class_type": "SaveLatent", **TITLE, "inputs": {"samples": [sample, 0], "filename_prefix": "latents/pair_ours"}},
     }  # fmt: skip
     run(server, keep)
-    assert reference.relative_error(latent_of(server, "pair_ours"), latent_of(server, "pair_stock")) < 2e-2
+    assert reference.relative_error(latent_of(server, "pair_ours"), latent_of(server, "pair_stock")) < 1e-2

@@ -5,6 +5,7 @@ import torch
 from ...family import BlockKind, Family
 from . import checkpoint, conditioning, defaults, text, vision
 from .dit import WanDiT
+from .lora_names import LORA_NAMES
 from .vae import WanVAE
 
 FAMILY = Family(
@@ -27,6 +28,7 @@ FAMILY = Family(
             ),
         ),
     ),
+    lora_names=LORA_NAMES,
     anchors=checkpoint.ANCHORS,
     recognise=checkpoint.recognise,
     build_dit=WanDiT,

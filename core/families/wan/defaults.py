@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ...family import ImageInput, Variant
 from ...shapes import LatentSpec, VideoSize
 from .dit import CLIP_TOKENS, PATCH
@@ -39,10 +41,10 @@ _720P = VideoSize(81, 720, 1280)
 
 def _variant(name: str, title: str, size: VideoSize = _720P, *, steps: int = 50, shift: float = 5.0,
              guidance: float = 5.0, training_shift: float = 3.0, images: ImageInput | None = None, expert: str = "",
-             boundary: float = 0.0, unusable: str = "") -> Variant:  # fmt: skip
+             boundary: float = 0.0, shift_at: Mapping[tuple[int, int], float] | None = None, unusable: str = "") -> Variant:  # fmt: skip
     return Variant(name=name, title=title, size=size, steps=steps, sampling_shift=shift, guidance=guidance,
                    training_shift=training_shift, negative_prompt=NEGATIVE, images=images, expert=expert, boundary=boundary,
-                   unusable=unusable)  # fmt: skip
+                   shift_at=shift_at or {}, unusable=unusable)  # fmt: skip
 
 
 VARIANTS = {
@@ -54,7 +56,7 @@ VARIANTS = {
                  boundary=0.875, training_shift=12.0),
         _variant("2.2-t2v-A14B-low", "Wan 2.2 T2V A14B, low noise", expert="low", steps=40, shift=12.0, guidance=3.0,
                  boundary=0.875, training_shift=12.0),
-        _variant("2.1-i2v-14B", "Wan 2.1 I2V 14B", steps=40, images=START_SEEN),
+        _variant("2.1-i2v-14B", "Wan 2.1 I2V 14B", steps=40, images=START_SEEN, shift_at={(832, 480): 3.0, (480, 832): 3.0}),
         _variant("2.1-flf2v-14B", "Wan 2.1 first-last-frame 14B", steps=40, images=START_END_SEEN),
         _variant("2.2-i2v-A14B-high", "Wan 2.2 I2V A14B, high noise", expert="high", steps=40, guidance=3.5, training_shift=5.0,
                  boundary=0.9, images=START),

@@ -182,3 +182,9 @@ def test_a_text_encoder_without_a_tokenizer_says_where_to_put_it(tmp_path):
     checkpoint, part = open_part(umt5_file(tmp_path, ".pth", "nowhere"), "text_encoder")
     with pytest.raises(ValueError, match=r"put the file spiece\.model of google/umt5-xxl into"):
         WAN.load_text(checkpoint, part, torch.float32)
+
+
+def test_image_to_video_in_480p_has_a_flow_shift_of_its_own():
+    i2v = WAN.variants["2.1-i2v-14B"]
+    assert [i2v.shift_for(*size) for size in ((832, 480), (480, 832), (1280, 720), (832, 464))] == [3, 3, 5, 5]
+    assert WAN.variants["2.1-t2v-14B"].shift_for(832, 480) == 5

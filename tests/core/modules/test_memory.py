@@ -13,7 +13,7 @@ from videolora.core.lora.inventory import inventory
 from videolora.core.lora.loraid import Loraid, allocate
 from videolora.core.modules.offloading import Offload
 from videolora.core.modules.quantized import STORINGS, Stored
-from videolora.core.modules.streaming import BlockStream, streamed_blocks, streamed_weights
+from videolora.core.modules.streaming import BlockStream, move_resident, streamed_blocks, streamed_weights
 from videolora.core.training import loop
 from videolora.core.training.batches import Batch
 from videolora.core.training.optimizers import OptimizerSettings, make_optimizer
@@ -210,6 +210,25 @@ def test_no_more_than_two_blocks_visit_the_device():
     visiting = [weights[0].data_ptr() not in homes for weights in stream.weights]
     assert sum(visiting) == 2
     assert sum(len(buffer.memory) for buffer in stream.buffers) == 2 * len(stream.masters[0])
+
+
+def test_a_resting_stream_holds_nothing_on_the_device_and_goes_on():
+    dit, _ = model()
+    data = batch()
+    expected = dit(data.latents, data.sigma, **data.conditions)
+    stream = dit.run_block.stream = BlockStream(dit.blocks, [1, 3], CPU)
+    for _ in range(2):
+        assert torch.equal(dit(data.latents, data.sigma, **data.conditions), expected)
+        assert len(stream.buffers) == 2
+        stream.rest()
+        assert not stream.buffers
+        homes = [master.data_ptr() for master in stream.masters]
+        assert [weights[0].data_ptr() for weights in stream.weights] == homes
+    streamed = {id(weight) for weights in stream.weights for weight in weights}
+    assert {id(value) for value in dit.parameters() if stream.streams(value)} == streamed
+    homes = {id(value): value.data_ptr() for value in dit.parameters()}
+    move_resident(dit, stream, CPU)
+    assert {id(value): value.data_ptr() for value in dit.parameters()} == homes
 
 
 def test_after_an_error_in_the_middle_the_next_step_is_right():

@@ -15,11 +15,12 @@ from videolora.core.keymap import IDENTITY
 from videolora.core.lora.adapter import LoRA, Several
 from videolora.core.lora.inventory import inventory
 from videolora.core.modules import quantized
-from videolora.core.modules.layers import Linear
+from videolora.core.modules.layers import Linear, use_fast_products
 from videolora.core.modules.quantized import (
     FP8,
     STORINGS,
     Stored,
+    check_fast,
     linear_weights,
     restore_on_call,
     restored,
@@ -200,3 +201,33 @@ def test_a_text_encoder_of_another_library_is_stored_narrow_and_still_understood
         with torch.no_grad():
             outputs.append(model["encoder"](input_ids=tensors["ids"], attention_mask=tensors["mask"]).last_hidden_state)
     torch.testing.assert_close(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_scaled"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_fp8_are_near_those_of_the_restored_weight(name, bias):
+    layer, plain = stored_linear(name, bias=bias)
+    use_fast_products(nn.Sequential(layer))
+    assert layer.fast
+    x = torch.randn(2, 5, 64) * torch.tensor([1e-3, 10.0])[:, None, None]  # one factor serves both samples
+    error = (layer(x) - plain(x)).norm(dim=(1, 2)) / plain(x).norm(dim=(1, 2))
+    assert error[1] < 0.04 and layer(x).dtype == x.dtype
+    assert torch.isfinite(layer(torch.zeros(1, 1, 64))).all()
+
+
+def test_weights_that_are_no_fp8_or_do_not_divide_are_multiplied_as_ever():
+    odd, plain = Linear(24, 17), Linear(32, 32)
+    odd.weight = nn.Parameter(torch.zeros(17, 24, dtype=FP8[0]), requires_grad=False)
+    use_fast_products(nn.Sequential(odd, plain))
+    assert not odd.fast and not plain.fast
+
+
+def test_hardware_without_fp8_products_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 3090")
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(ValueError, match=r"RTX 40 series or newer.*RTX 3090: use fp8_scaled"):
+        check_fast(torch.device("cuda"))
+    with pytest.raises(ValueError, match="cannot work on mps"):
+        check_fast(torch.device("mps"))
+    check_fast(torch.device("cpu"))
