@@ -8,9 +8,10 @@ from ..family import KIND_TITLES, Family, Kind, Part
 from ..keymap import find_prefix
 from ..shapes import VideoSize
 from ..weights import Checkpoint, open_checkpoint
+from .hunyuan_video import FAMILY as HUNYUAN_VIDEO
 from .wan import FAMILY as WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN_VIDEO)}
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:

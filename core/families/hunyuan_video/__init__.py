@@ -3,9 +3,10 @@
 import torch
 
 from ...family import BlockKind, Family
-from ...modules.tiling import Tiles
+from ...shapes import Tiles
 from . import checkpoint, conditioning, defaults, text
 from .dit import HunyuanVideoDiT
+from .lora_names import LORA_NAMES
 from .vae import HunyuanVAE
 
 
@@ -33,12 +34,13 @@ FAMILY = Family(
         ),
         BlockKind(path="single_blocks.{i}", matrices=("linear1", "linear2")),
     ),
+    lora_names=LORA_NAMES,
     anchors=checkpoint.ANCHORS,
     recognise=checkpoint.recognise,
     build_dit=HunyuanVideoDiT,
     build_vae=HunyuanVAE,
     vae_elements=1300,
-    vae_tiles=Tiles(size=256, frames=64),
+    vae_tiles=Tiles(frames=64, side=256),
     load_tokenizer=text.load_tokenizer,
     text_states=(defaults.LLM, defaults.LLM_MASK, defaults.POOLED, defaults.POOLED_MASK),
     load_text=text.load,

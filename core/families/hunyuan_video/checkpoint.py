@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import nn
-
 from ...family import Part
 from ...keymap import IDENTITY, KeyMap
 from ...weights import View
 from .defaults import I2V, LLM, LLM_MASK, POOLED, POOLED_MASK, SKYREELS_I2V, SKYREELS_T2V, T2V
 from .dit import HEAD_DIM, PATCH, HunyuanVideoConfig
-from .text import LLAMA_HEAD_DIM, UNUSED_BLOCKS, CLIPTextConfig, LlamaConfig, build
+from .text import LLAMA_HEAD_DIM, UNUSED_BLOCKS, CLIPTextConfig, LlamaConfig
 from .vae import HunyuanVAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -222,7 +219,7 @@ def _llama(shapes: Shapes) -> Part | None:
         depth=_depth(shapes, "layers.") - UNUSED_BLOCKS,
     )
     return Part(family=NAME, kind="text_encoder", title="LLaVA-Llama-3", config=config,
-                views=_used(shapes, build_on_meta(config)), gives=(LLM, LLM_MASK))  # fmt: skip
+                views=_used(shapes, "embed_tokens.", *(f"layers.{i}." for i in range(config.depth))), gives=(LLM, LLM_MASK))  # fmt: skip
 
 
 def _clip(shapes: Shapes) -> Part | None:
@@ -232,14 +229,9 @@ def _clip(shapes: Shapes) -> Part | None:
     config = CLIPTextConfig(vocabulary=vocabulary, dim=dim, ffn_dim=shapes[_CLIP_ANCHOR][0],
                             depth=_depth(shapes, "encoder.layers."))  # fmt: skip
     return Part(family=NAME, kind="text_encoder", title="CLIP-L text tower", config=config,
-                views=_used(shapes, build_on_meta(config)), gives=(POOLED, POOLED_MASK))  # fmt: skip
+                views=_used(shapes, "embeddings.", "encoder.", "final_layer_norm."), gives=(POOLED, POOLED_MASK))  # fmt: skip
 
 
-def build_on_meta(config: LlamaConfig | CLIPTextConfig) -> nn.Module:
-    with torch.device("meta"):
-        return build(config)
-
-
-def _used(shapes: Shapes, model: nn.Module) -> dict[str, View]:
-    """Of a file those tensors that the model has."""
-    return {name: View.of(shapes[name], name) for name in model.state_dict() if name in shapes}
+def _used(shapes: Shapes, *stems: str) -> dict[str, View]:
+    """Of a file those tensors whose names begin so."""
+    return {name: View.of(shape, name) for name, shape in shapes.items() if name.startswith(stems)}

@@ -33,7 +33,9 @@ class HunyuanVAEConfig:
 class CausalConv3d(nn.Module):
     """Convolves a clip a few frames at a time: the same result, and only those are copied to be padded."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: tuple[int, int, int] = (1, 1, 1)) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride)
 
