@@ -105,7 +105,8 @@ class Graph:
         number = len(self.nodes) + 1
         return {
             "id": number, "type": "MarkdownNote", "pos": [0, -320], "size": [2 * _WIDTH + _GAP, 260], "flags": {},
-            "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [self.note],
+            "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {},
+            "widgets_values": [self.note.replace("`", "**")],  # the editor's code style is hard to read on a note
         }  # fmt: skip
 
 
