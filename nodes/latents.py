@@ -6,7 +6,6 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 
-from ..core.families import check_size
 from ..core.io import latents as latent_files
 from ..core.sampling.sample import decode
 from ..core.shapes import VideoSize
@@ -38,13 +37,7 @@ class EmptyLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width, height, frames) -> bool | str:
-        if None in (width, height, frames):
-            return True
-        try:
-            check_size(VideoSize(frames, height, width))
-        except ValueError as error:
-            return str(error)
-        return True
+        return handles.checked_size(width, height, frames)
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:

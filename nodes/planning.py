@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.devices import free_memory
-from ..core.families import check_size, open_part
+from ..core.families import open_part
 from ..core.lora.loraid import Loraid, allocate
 from ..core.lora.network import NetworkSettings
 from ..core.shapes import VideoSize
@@ -49,13 +49,7 @@ class MemoryPlan(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width, height, frames) -> bool | str:
-        if None in (width, height, frames):
-            return True
-        try:
-            check_size(VideoSize(frames, height, width))
-        except ValueError as error:
-            return str(error)
-        return True
+        return handles.checked_size(width, height, frames)
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, width: int, height: int, frames: int, batch_size: int, free_gib: float, gpus: int = 1,

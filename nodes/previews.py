@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.data import cache_files
 from ..core.data.media import UnreadableMedia, read_image
 from ..core.io.files import digest
+from ..core.sampling.solvers import SOLVERS
 from ..core.shapes import VideoSize
 from ..core.training.prompts import Preview, PreviewSettings, Prompt, encode_prompts, parse_lines, read_prompts
 from . import handles, paths
@@ -60,6 +61,8 @@ class PreviewSettingsNode(io.ComfyNode):
                 io.String.Input("file", default="", optional=True, advanced=True,
                                 tooltip="A file of more prompts (.txt, .toml or .json), below ComfyUI's input folder or a data set "
                                 "folder."),
+                io.Combo.Input("solver", options=list(SOLVERS), default="euler", optional=True,
+                               tooltip="As in Flow Schedule: with the same solver, steps and seed the sampling nodes give the same."),
                 io.Image.Input("start_image", optional=True, tooltip="What the previews of an image-to-video model begin with."),
                 io.Image.Input("end_image", optional=True, tooltip="What those of a first-last-frame model end with."),
                 handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 image-to-video."),
@@ -86,8 +89,8 @@ class PreviewSettingsNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, text_encoder: handles.TextEncoderFile, prompts: str, every_steps: int,
-                every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "", start_image=None,
-                end_image=None, clip_vision: handles.VisionEncoderFile | None = None, **defaults: Any) -> io.NodeOutput:  # fmt: skip
+                every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "", solver: str = "euler",
+                start_image=None, end_image=None, clip_vision: handles.VisionEncoderFile | None = None, **defaults: Any) -> io.NodeOutput:  # fmt: skip
         for part in (text_encoder, vae):
             if part is not None and part.family.name != dit.family.name:
                 raise ValueError(f"{part.path.name} is for {part.family.title}, and the model is {dit.family.title}.")
@@ -98,7 +101,7 @@ class PreviewSettingsNode(io.ComfyNode):
         previews = tuple(
             _with_images(one, dit, vae, _image(prompt, prompt.image_path, start_image),
                          _image(prompt, prompt.end_image_path, end_image), clip_vision)
-            for prompt, one in zip(filled, _previews(filled, dit, text_encoder), strict=True)
+            for prompt, one in zip(filled, _previews(filled, dit, text_encoder, solver), strict=True)
         )  # fmt: skip
         return io.NodeOutput(PreviewSettings(
             prompts=previews, every_steps=every_steps, every_epochs=every_epochs, at_start=at_start,
@@ -118,7 +121,8 @@ def _defaults(dit: handles.DiTFile, *, width: int, height: int, frames: int, ste
     )  # fmt: skip
 
 
-def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.TextEncoderFile) -> tuple[Preview, ...]:
+def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.TextEncoderFile,
+              solver: str) -> tuple[Preview, ...]:  # fmt: skip
     """The prompts checked, and with their texts encoded."""
     for one in prompts:
         try:
@@ -131,7 +135,7 @@ def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.Text
         Preview(
             prompt=one.prompt, states=states[one.prompt], negative_states="".join(states[text] for text in _negative(one)),
             width=one.width, height=one.height, frames=one.frame_count, seed=one.seed, steps=one.sample_steps,
-            guidance=one.cfg_scale, shift=one.discrete_flow_shift,
+            guidance=one.cfg_scale, shift=one.discrete_flow_shift, solver=solver,
         )
         for one in prompts
     )  # fmt: skip

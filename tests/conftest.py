@@ -22,3 +22,11 @@ MANIFESTS = Path(__file__).parent / "manifests"
 @pytest.fixture(scope="session")
 def numerics():
     return json.loads((VECTORS / "numerics.json").read_text())
+
+
+def pytest_collection_modifyitems(items):
+    """All that shares the server runs in one process, and first: it takes longest."""
+    for item in items:
+        if "server" in item.path.parts[-2:-1]:
+            item.add_marker(pytest.mark.xdist_group("server"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)

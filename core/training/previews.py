@@ -92,7 +92,7 @@ class Previews:
         told |= self.variant.guidance_states()
         positive = {**cache_files.load_text(Path(preview.states)), **told}
         negative = {**cache_files.load_text(Path(preview.negative_states)), **told} if preview.negative_states else None
-        schedule = Schedule(steps=preview.steps, shift=preview.shift)
+        schedule = Schedule(steps=preview.steps, shift=preview.shift, solver=preview.solver)
         steps = sample(
             dit, self.family, empty, positive, negative, schedule, preview.guidance, preview.seed, self.device
         )

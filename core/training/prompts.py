@@ -70,10 +70,11 @@ class Preview:
     steps: int
     guidance: float
     shift: float
+    solver: str = "euler"
     images: str = ""
 
     def __post_init__(self) -> None:
-        Schedule(steps=self.steps, shift=self.shift)  # checks both
+        Schedule(steps=self.steps, shift=self.shift, solver=self.solver)  # checks all three
         require(0 <= self.guidance <= 100, f"guidance is {self.guidance}: use 1 (off) to 100, usually 3 to 6.")
         require(0 <= self.seed < 2**64, f"seed is {self.seed}: use 0 to {2**64 - 1}.")
 

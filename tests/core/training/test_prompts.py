@@ -87,7 +87,9 @@ def test_a_prompt_keeps_its_choices_and_takes_the_others():
     assert given.filled(defaults) == Prompt(prompt="a cat", negative_prompt="", width=64, seed=0)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"shift": 0.0}, {"guidance": float("nan")}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"shift": 0.0}, {"solver": "magic"}, {"guidance": float("nan")}, {"seed": -1}]
+)
 def test_previews_that_cannot_be_sampled_are_refused(wrong):
     values = {"prompt": "a", "states": "", "negative_states": "", "width": 32, "height": 32, "frames": 1, "seed": 0,
               "steps": 2, "guidance": 1.0, "shift": 3.0}  # fmt: skip
