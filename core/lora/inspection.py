@@ -86,13 +86,13 @@ def _overlap(a: int, b: int, one: LoRAFile, other: LoRAFile, columns: dict[str, 
     inner = norm_a = norm_b = 0.0
     best, closest = -1.0, ""
     for name in names:
-        x, y = one.factors[name].as_lora(), other.factors[name].as_lora()
+        x, y = (f.factors[name].as_lora().to(torch.float32) for f in (one, other))
         xy, xx, yy = _inner(x, y), _inner(x, x), _inner(y, y)
         inner, norm_a, norm_b = inner + xy, norm_a + xx, norm_b + yy
         if xx and yy and abs(xy) / math.sqrt(xx * yy) > best:
             best, closest = abs(xy) / math.sqrt(xx * yy), name
     cosine = inner / math.sqrt(norm_a * norm_b) if norm_a and norm_b else 0.0
-    x, y = one.factors[closest].as_lora(), other.factors[closest].as_lora()
+    x, y = (f.factors[closest].as_lora().to(torch.float32) for f in (one, other))
     return Overlap(a, b, names, sum(shared.values()), cosine, closest, principal_angle(x.up, y.up),
                    principal_angle(x.down.t(), y.down.t()))  # fmt: skip
 

@@ -1,9 +1,6 @@
 """Adapters of each kind: gradients, rows, dropout, norms, files, merging, going on from a file."""
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint as recomputed
 from videolora.core.families import FAMILIES, open_part
-from videolora.core.io import safetensors
 from videolora.core.io.files import fingerprint
 from videolora.core.lora import files
 from videolora.core.lora.adapter import KINDS, Dropout, Size, attached, reseed, row_groups
@@ -338,40 +334,3 @@ def test_lora_plus_gives_the_up_matrices_a_group_of_their_own():
     rest, up = parameter_groups(made, NetworkSettings(loraplus_lr_ratio=8.0))
     assert up["ratio"] == 8.0 and [id(p) for p in up["params"]] == [id(a.up) for a in made.values()]
     assert rest["ratio"] == 1.0 and [id(p) for p in rest["params"]] == [id(a.down) for a in made.values()]
-
-
-COMFYUI = """
-import json, sys
-folder, sys.argv = sys.argv[1], [sys.argv[0], "--cpu"]
-import comfy.options
-comfy.options.enable_args_parsing()
-import comfy.lora, torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-shapes = json.loads(Path(folder, "shapes.json").read_text())
-for path in Path(folder).glob("lo??.safetensors"):
-    lora = load_file(path)
-    patches = comfy.lora.load_lora(lora, {"lora_unet_" + name.replace(".", "_"): name for name in shapes})
-    used = {key for patch in patches.values() for key in patch.loaded_keys}
-    deltas = {name: patch.calculate_weight(torch.zeros(shapes[name]), name, 1.0, 1.0, None, lambda x: x)
-              for name, patch in patches.items()}
-    save_file(deltas, path.with_suffix(".deltas"), {"unused": json.dumps(sorted(lora.keys() - used))})
-"""
-
-
-def test_comfyuis_own_loader_uses_every_key_and_makes_the_same_deltas(tmp_path, checkpoint, matrices):
-    made = {}
-    for kind in KINDS:
-        settings = NetworkSettings(kind=kind, rank=3, alpha=2.0)
-        made[kind] = trained(checkpoint, matrices, tmp_path / f"{kind}.safetensors", settings, number=2)
-    (tmp_path / "shapes.json").write_text(json.dumps({m.name: [m.rows, m.columns] for m in matrices}))
-    command = [sys.executable, "-c", COMFYUI, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT / ".dev" / "ComfyUI", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for kind in KINDS:
-        deltas, metadata = safetensors.load(tmp_path / f"{kind}.deltas")
-        assert all(key.endswith(".alpha") for key in json.loads(metadata["unused"])), "it reads alphas on its own"
-        assert deltas.keys() == made[kind].keys()
-        for m in matrices:
-            expected = delta(made[kind][m.name], m.rows, m.columns).detach()
-            torch.testing.assert_close(deltas[m.name], expected, rtol=1e-4, atol=1e-5)
