@@ -270,6 +270,6 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
 
 def _interference(arguments: argparse.Namespace) -> str:
-    groups = {"these": arguments.runs} | ({"plain": arguments.plain} if arguments.plain else {})
+    groups = [("these", arguments.runs)] + ([("plain", arguments.plain)] if arguments.plain else [])
     device = torch.device(arguments.device) if arguments.device else best_device()
     return interference.report(groups, arguments.output, device, f"python core {' '.join(arguments.words)}")
