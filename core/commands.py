@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -42,7 +44,7 @@ def run(words: Sequence[str]) -> int:
     try:
         print(arguments.command(arguments))
     except (OSError, ValueError) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -272,4 +274,4 @@ def _inspect(arguments: argparse.Namespace) -> str:
 def _interference(arguments: argparse.Namespace) -> str:
     groups = [("these", arguments.runs)] + ([("plain", arguments.plain)] if arguments.plain else [])
     device = torch.device(arguments.device) if arguments.device else best_device()
-    return interference.report(groups, arguments.output, device, f"python core {' '.join(arguments.words)}")
+    return interference.report(groups, arguments.output, device, f"python core {shlex.join(arguments.words)}")

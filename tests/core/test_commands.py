@@ -41,7 +41,8 @@ def loras(tmp_path_factory):
 
 def command(capsys, *words):
     code = commands.run([str(word) for word in words])
-    return code, capsys.readouterr().out
+    printed = capsys.readouterr()
+    return code, printed.err if code else printed.out
 
 
 @functools.cache

@@ -76,4 +76,4 @@ def test_the_command_writes_a_table_and_a_picture(runs, tmp_path, capsys):
     picture = np.asarray(interference.Image.open(tmp_path / "report.png"))
     assert picture.std() > 10
     assert commands.run(["interference", folders[0]]) == 1
-    assert "two trainings or more" in capsys.readouterr().out
+    assert "two trainings or more" in capsys.readouterr().err
