@@ -162,7 +162,7 @@ def _velocity(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
 
 def table(found: Sequence[Interference]) -> str:
     """In Markdown: a line per title, with the spread of groups that share it, then each LoRA's retention in its first group."""
-    lines = ["| LoRAs | values in a file | loss taken away alone | all together | retention in pairs | all together | worst of all | additivity, all |",
+    lines = ["| LoRAs | values in a file | loss taken away, alone | loss taken away, all on | retention, in pairs | retention, all on | worst retention, all on | additivity, all on |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     titled = _titled(found)
     for title, groups in titled.items():

@@ -198,8 +198,7 @@ def velocity(dit):
         return dit(tensors["latents"], tensors["timestep"], **states)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 2), ("loha", 2), ("lokr", 2), ("lokr", 16)])  # 16: one full matrix
 @pytest.mark.parametrize("number", [None, 2])
 def test_a_file_gives_back_what_was_trained_attached_and_merged(kind, rank, number, tmp_path, checkpoint, matrices):
     path, settings = tmp_path / "lora.safetensors", NetworkSettings(kind=kind, rank=rank, alpha=0.3)
@@ -210,8 +209,6 @@ def test_a_file_gives_back_what_was_trained_attached_and_merged(kind, rank, numb
     assert {name: factors.touched for name, factors in stack[0].file.factors.items()} == rows
     dit = dit_of(checkpoint)
     plain = velocity(dit)
-    with attached(dit, made):
-        full = velocity(dit)
     for adapter in made.values():
         adapter.scale *= 0.5
     with attached(dit, made):
@@ -222,7 +219,7 @@ def test_a_file_gives_back_what_was_trained_attached_and_merged(kind, rank, numb
     _, part = open_part(checkpoint, "dit")
     assert list(merge(checkpoint, tmp_path / "merged.safetensors", "", part, stack))
     assert reference.relative_error(velocity(dit_of(tmp_path / "merged.safetensors")), expected) < 1e-5
-    assert reference.relative_error(full, plain) > 1e-3
+    assert reference.relative_error(expected, plain) > 1e-4
     assert (f" {kind}," in report(stack)) == (kind != "lora")
 
 
