@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from .keymap import IDENTITY, KeyMap
 from .lora.names import LoRANames
 from .modules.quantized import Storing
-from .shapes import LatentSpec, VideoSize
-from .weights import Checkpoint
+from .shapes import LatentSpec, Tiles, VideoSize
+from .weights import Checkpoint, View
 
 Kind = Literal["dit", "vae", "text_encoder", "vision_encoder"]
 KIND_TITLES: dict[str, str] = {
@@ -27,8 +28,26 @@ KIND_TITLES: dict[str, str] = {
 States = dict[str, Tensor]
 """What a transformer is told of one sample besides noise and time; the names are the stems of the caches' tensors."""
 
+GUIDANCE = "guidance"
+"""Name of the state, a single number, that holds the guidance which is told to the model instead of being computed."""
+
 TextStates = States
 """Those that a text encoder made of one prompt."""
+
+Conditions = dict[str, Tensor | tuple[Tensor, ...]]
+"""What a transformer is told of a batch, by the names of its arguments: one tensor for all samples, or one for each where
+these differ in length."""
+
+
+def moved(conditions: Conditions, device: torch.device) -> Conditions:
+    """The same on a device."""
+
+    def to(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=True)
+
+    return {
+        name: tuple(map(to, value)) if isinstance(value, tuple) else to(value) for name, value in conditions.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +74,9 @@ class ImageInput:
 class Variant:
     """One release of a family, with the defaults its authors recommend. `expert` is high or low where a release is two
     models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
-    cannot be used; `shift_at` names sizes (width, height) with a flow shift of their own."""
+    cannot be used; `shift_at` names sizes (width, height) with a flow shift of their own, `few_steps_shift` is that of
+    samplings of less than `few_steps` steps. `embedded_guidance` is told to the model and costs nothing; 0 where it takes
+    none."""
 
     name: str
     title: str
@@ -65,15 +86,28 @@ class Variant:
     guidance: float
     training_shift: float
     shift_at: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    few_steps: int = 0
+    few_steps_shift: float = 0.0
+    embedded_guidance: float = 0.0
     negative_prompt: str = ""
     images: ImageInput | None = None
     expert: str = ""
     boundary: float = 0.0
     unusable: str = ""
 
-    def shift_for(self, width: int, height: int) -> float:
-        """The flow shift for videos of this size in pixels."""
+    def shift_for(self, width: int, height: int, steps: int) -> float:
+        """The flow shift for videos of this size in pixels, made in so many steps."""
+        if steps < self.few_steps:
+            return self.few_steps_shift
         return self.shift_at.get((width, height), self.sampling_shift)
+
+    def guidance_states(self, chosen: float = 0.0) -> States:
+        """What the model is told of its embedded guidance; 0 is what its authors recommend. Raises ValueError when it takes
+        none."""
+        if chosen and not self.embedded_guidance:
+            raise ValueError(f"{self.title} takes no embedded guidance: set it to 0.")
+        value = chosen or self.embedded_guidance
+        return {GUIDANCE: torch.tensor(value)} if value else {}
 
     def levels(self, boundary: float = 0.0) -> tuple[float, float]:
         """The sigmas that the release is used for; `boundary` where it is not its authors'."""
@@ -86,8 +120,9 @@ class Part:
     """What a checkpoint was recognised as.
 
     `variants` are the releases that its tensors may belong to, the most likely first; `config` is what the family's
-    builder takes; `keymap` leads from the file's names to the model's. Of a transformer, `width` is that of its
-    activations and `text_width` that of the text states it takes.
+    builder takes; `keymap` leads from the file's names to the model's. Where the file divides the model's tensors otherwise,
+    `views` says how it is to be seen before that. Of a transformer, `width` is that of its activations and `text_width` that
+    of the text states it takes; of a text encoder, `gives` are the names of the states that it makes.
     """
 
     family: str
@@ -96,8 +131,10 @@ class Part:
     config: Any
     variants: tuple[str, ...] = ()
     keymap: KeyMap = IDENTITY
+    views: Mapping[str, View] = field(default_factory=dict)
     width: int = 0
     text_width: int = 0
+    gives: tuple[str, ...] = ()
 
 
 class Tokenizer(Protocol):
@@ -108,7 +145,7 @@ class Tokenizer(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Loaded text encoder(s) of a family. `model` is the module to move between devices; `encode` follows it."""
+    """A loaded text encoder. `model` is the module to move between devices; `encode` follows it."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -168,14 +205,17 @@ class Family:
     build_dit       config -> transformer; called as dit(latents, time, skip_layers=numbers of blocks, **conditions), its
                     `run_block` is a BlockRunner
     build_vae       config -> VAE
-    vae_elements    values the VAE holds at a time per pixel of a frame, to ask for enough memory
-    load_tokenizer  checkpoint of a text encoder -> Tokenizer
-    text_states     names of the states that its text encoder gives
-    load_text       (checkpoint, part, dtype, storing of its large weights or None) -> TextEncoder, on the CPU
+    vae_elements    values the VAE holds at a time per pixel, to ask for enough memory
+    vae_tiles       how much of a video the VAE works on at a time where nobody chooses; no frames: it takes one frame
+                    after the other whatever the clip's length, and needs no tiles in time
+    load_tokenizer  (checkpoint of a text encoder, part, folders where a tokenizer may lie that is not with it) -> Tokenizer
+    text_states     names of the states that its text encoder gives, or its text encoders together
+    load_text       (checkpoint, part, dtype, storing of its large weights or None, folders as above) -> TextEncoder, on the CPU
     load_vision     (checkpoint, part, dtype) -> VisionEncoder, on the CPU
     image_states    (VAE, VisionEncoder or None, ImageInput, start and end (B, 3, H, W) in -1..1 or None, frames) ->
                     States per clip
-    conditions      one States per sample -> keyword arguments of the transformer
+    conditions      one States per sample -> Conditions, keyword arguments of the transformer
+    blank_text      config of a transformer -> the states of the longest prompt, without its content
     check_states    (config, name -> shape of States, latent size) raises ValueError when the transformer cannot take them
     comfyui_latents name of ComfyUI's own description of these latents, by which it previews them while they are sampled
     to_comfyui      States -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
@@ -199,14 +239,22 @@ class Family:
     build_dit: Callable[[Any], nn.Module]
     build_vae: Callable[[Any], nn.Module]
     vae_elements: int
-    load_tokenizer: Callable[[Checkpoint], Tokenizer]
+    vae_tiles: Tiles
+    load_tokenizer: Callable[[Checkpoint, Part, Sequence[Path]], Tokenizer]
     text_states: tuple[str, ...]
-    load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None], TextEncoder]
+    load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None, Sequence[Path]], TextEncoder]
     load_vision: Callable[[Checkpoint, Part, torch.dtype], VisionEncoder]
     image_states: Callable[[VAE, VisionEncoder | None, ImageInput, Tensor, Tensor | None, int], list[States]]
-    conditions: Callable[[Sequence[States]], dict[str, Tensor]]
+    conditions: Callable[[Sequence[States]], Conditions]
+    blank_text: Callable[[Any], TextStates]
     check_states: Callable[[Any, Mapping[str, Sequence[int]], VideoSize], None]
     comfyui_latents: str
     to_comfyui: Callable[[States], tuple[Tensor, dict[str, Any]]]
     image_options: Callable[[States], dict[str, Any]]
     from_comfyui: Callable[[Tensor, Mapping[str, Any]], States]
+
+    def vae_values(self, pixels: VideoSize, tiles: Tiles) -> int:
+        """How many values the VAE holds at a time for a video of this size."""
+        height, width = (min(side, tiles.side or side) for side in pixels[1:])
+        frames = min(pixels.frames, tiles.frames or pixels.frames) if self.vae_tiles.frames else 1
+        return frames * height * width * self.vae_elements

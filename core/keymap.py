@@ -54,7 +54,7 @@ def _rename(name: str, rules: Sequence[tuple[re.Pattern, str]]) -> str:
 
 # Longer prefixes first, so that "model." does not hide "model.diffusion_model.".
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "first_stage_model.", "model.", "module.",
-            "transformer.", "visual.", "vae.", "")  # fmt: skip
+            "language_model.model.", "text_model.", "transformer.", "visual.", "vae.", "")  # fmt: skip
 
 
 def find_prefix(names: Iterable[str], anchors: Iterable[str]) -> str | None:

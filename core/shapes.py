@@ -21,6 +21,17 @@ class VideoSize(NamedTuple):
         return f"{self.width}x{self.height}, {self.frames} frame{'s' if self.frames != 1 else ''}"
 
 
+class Tiles(NamedTuple):
+    """How much of a video a VAE works on at a time: so many frames, of squares of so many pixels a side; 0: all of it."""
+
+    frames: int = 0
+    side: int = 0
+
+    def or_else(self, default: Tiles) -> Tiles:
+        """With what is chosen in `default` where nothing is chosen here."""
+        return Tiles(*(mine or other for mine, other in zip(self, default, strict=True)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
     """How a family's VAE and transformer divide a video.

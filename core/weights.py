@@ -25,11 +25,15 @@ _NO_WEIGHT_SUFFIXES = (".comfy_quant", ".position_ids", ".scale_input", ".input_
 
 
 class View(NamedTuple):
-    """A tensor as a part of one in a file: some of its rows, in a shape of as many values."""
+    """A tensor made of rows of tensors in a file, one below the other, in a shape of as many values."""
 
-    source: str
     shape: tuple[int, ...]
-    rows: slice = slice(None)
+    pieces: tuple[tuple[str, slice], ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], *sources: str) -> View:
+        """Of whole tensors."""
+        return cls(shape, tuple((source, slice(None)) for source in sources))
 
 
 class Checkpoint:
@@ -56,11 +60,11 @@ class Checkpoint:
     def viewed(self, views: Mapping[str, View]) -> Checkpoint:
         """The same file as the tensors that `views` name, and no others."""
 
-        def read(name: str) -> Tensor:
-            return self.read(views[name].source)[views[name].rows].reshape(views[name].shape)
+        return _Viewed(self, views)
 
-        infos = {name: TensorInfo(view.shape, self.tensors[view.source].dtype) for name, view in views.items()}
-        return Checkpoint(self.path, infos, self.metadata, read)
+    def shapes(self, keymap: KeyMap) -> dict[str, tuple[int, ...]]:
+        """The shape of each of the model's parameters."""
+        return {keymap.to_model(name): info.shape for name, info in self.tensors.items()}
 
     def dtypes(self, keymap: KeyMap) -> dict[str, torch.dtype]:
         """The dtype in which each of the model's parameters is stored."""
@@ -91,6 +95,28 @@ class Checkpoint:
                 "Use the 16-bit version of the model."
             )
         return Stored(value, scale.float().reshape(-1, *[1] * (value.ndim - 1)))
+
+
+class _Viewed(Checkpoint):
+    """A checkpoint seen through views; one that shows a whole tensor leaves it as it is stored."""
+
+    def __init__(self, source: Checkpoint, views: Mapping[str, View]) -> None:
+        infos = {name: TensorInfo(view.shape, source.tensors[view.pieces[0][0]].dtype) for name, view in views.items()}
+        super().__init__(source.path, infos, source.metadata, self._joined)
+        self.source, self.views = source, views
+
+    def _joined(self, name: str) -> Tensor:
+        shape, pieces = self.views[name]
+        return torch.cat([self.source.read(source)[rows] for source, rows in pieces]).reshape(shape)
+
+    def extra(self, name: str) -> Tensor | None:
+        return self.source.extra(name)
+
+    def read_stored(self, name: str) -> Stored:
+        shape, ((source, _), *more) = self.views[name]
+        if not more and shape == self.source.tensors[source].shape:
+            return self.source.read_stored(source)
+        return super().read_stored(name)
 
 
 def _is_weight(name: str) -> bool:

@@ -1,7 +1,8 @@
-"""Small Wan checkpoints with the official tensor names, under the official file names.
+"""Small Wan and HunyuanVideo checkpoints with the official tensor names, under the official file names.
 
 The VAE is a real, if blurry, video codec (`small_vae.py`). The transformer is trained for a short while on simple
-moving shapes, so that what a LoRA teaches it can be seen. The text encoder is random, but tells words apart.
+moving shapes, so that what a LoRA teaches it can be seen. The text encoder is random, but tells words apart. Those of
+HunyuanVideo are random altogether.
 
     python devtools/small_models.py MODELS_FOLDER
 """
@@ -32,6 +33,12 @@ HIGH = "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors"
 LOW = "diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors"
 I2V_HIGH = "diffusion_models/wan2.2_i2v_high_noise_14B_fp16.safetensors"
 VISION = "clip_vision/clip_vision_h.safetensors"
+HUNYUAN = "diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors"
+SKYREELS = "diffusion_models/skyreels_hunyuan_t2v_bf16.safetensors"
+SKYREELS_I2V = "diffusion_models/skyreels_hunyuan_i2v_bf16.safetensors"
+HUNYUAN_VAE = "vae/hunyuan_video_vae_bf16.safetensors"
+LLAMA = "text_encoders/llava_llama3_fp16.safetensors"
+CLIP_L = "text_encoders/clip_l.safetensors"
 
 TEXT_DIM = 4096  # ComfyUI knows Wan by this
 CLIPS, FRAMES = 128, 13
@@ -150,6 +157,51 @@ def expert(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tenso
     }
 
 
+def random_tensors(model: torch.nn.Module, seed: int, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Values for a model on the meta device that keep what goes through it at its size."""
+    generator, made = torch.Generator().manual_seed(seed), {}
+    for name, value in model.state_dict().items():
+        if value.ndim > 1:
+            made[name] = torch.randn(value.shape, generator=generator) * torch.Size(value.shape[1:]).numel() ** -0.5
+        else:
+            made[name] = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
+    return {prefix + name: value.to(dtype) for name, value in made.items()}
+
+
+def hunyuan_dit(in_channels: int, seed: int) -> dict[str, torch.Tensor]:
+    """A HunyuanVideo transformer for the prompts of `llama`."""
+    hunyuan = pack.load("core.families.hunyuan_video.dit")
+    config = hunyuan.HunyuanVideoConfig(
+        dim=128, ffn_dim=512, double_depth=2, single_depth=4, refiner_depth=2, in_channels=in_channels, out_channels=16,
+        text_dim=128, pooled_dim=768, freq_dim=256, guidance=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hunyuan.HunyuanVideoDiT(config)
+    return random_tensors(model, seed, torch.bfloat16)
+
+
+def hunyuan_vae() -> dict[str, torch.Tensor]:
+    hunyuan = pack.load("core.families.hunyuan_video.vae")
+    with torch.device("meta"):
+        model = hunyuan.HunyuanVAE(hunyuan.HunyuanVAEConfig(widths=(32, 32, 32, 32), latent_channels=16))
+    return random_tensors(model, 12, torch.bfloat16)
+
+
+def llama() -> dict[str, torch.Tensor]:
+    """LLaVA-Llama-3 with its whole vocabulary, hardly any width, and the two blocks more that are not used."""
+    text = pack.load("core.families.hunyuan_video.text")
+    with torch.device("meta"):
+        model = text.Llama(text.LlamaConfig(vocabulary=128320, dim=128, ffn_dim=256, kv_heads=1, depth=4))
+    return random_tensors(model, 13, torch.float16, "model.")
+
+
+def clip_l() -> dict[str, torch.Tensor]:
+    text = pack.load("core.families.hunyuan_video.text")
+    with torch.device("meta"):
+        model = text.CLIPText(text.CLIPTextConfig(vocabulary=49408, dim=768, ffn_dim=64, depth=2))
+    return random_tensors(model, 14, torch.float16, "text_model.")
+
+
 def pretrain(model: torch.nn.Module, latents: torch.Tensor, states: list) -> None:
     """Teach the transformer moving shapes."""
     wan, flow = pack.load("core.families.wan.dit"), pack.load("core.flow")
@@ -205,7 +257,7 @@ def main(folder: Path) -> None:
 
 
 def make_relatives(folder: Path) -> None:
-    """What follows from the trained transformer, and the image encoder."""
+    """What follows from the trained transformer, the image encoder, and HunyuanVideo."""
     safetensors = pack.load("core.io.safetensors")
     relatives = {
         I2V: lambda: image_to_video(safetensors.load(folder / DIT)[0]),
@@ -214,6 +266,12 @@ def make_relatives(folder: Path) -> None:
         HIGH: lambda: expert(safetensors.load(folder / DIT)[0], 1),
         LOW: lambda: expert(safetensors.load(folder / DIT)[0], 2),
         VISION: image_encoder,
+        HUNYUAN: lambda: hunyuan_dit(16, seed=8),
+        SKYREELS: lambda: hunyuan_dit(16, seed=9),
+        SKYREELS_I2V: lambda: hunyuan_dit(32, seed=10),
+        HUNYUAN_VAE: hunyuan_vae,
+        LLAMA: llama,
+        CLIP_L: clip_l,
     }
     for name, make in relatives.items():
         if not (folder / name).exists():

@@ -174,30 +174,46 @@ PROMPT = "character_1, walking through a park"
 NEGATIVE = "blurry, static, overexposed, worst quality"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """What is sampled, and how: as suits a family."""
+
+    width: int = 832
+    height: int = 480
+    frames: int = 81
+    fps: float = 16.0
+    steps: int = 30
+    solver: str = "unipc"
+    negative: str = NEGATIVE
+
+    @property
+    def size(self) -> dict[str, int]:
+        return {"width": self.width, "height": self.height, "frames": self.frames}
+
+
+WAN_SHOT = Shot()
+
+
 def _sampling(graph: Graph, column: int, dit: Node, model: Out, text: Node, vae: Node, prompt: str, prefix: str,
-              skip_cfg: bool = False, **images: Any) -> None:  # fmt: skip
+              skip_cfg: bool = False, shot: Shot = WAN_SHOT, **images: Any) -> None:  # fmt: skip
     """From prompts to a saved video; `images` are inputs of the node that encodes a start image, if there is one."""
     positive = graph.add(column, "VideoLoRAEncodeText", "Prompt", text_encoder=text[0], prompt=prompt)
-    negative = graph.add(column, "VideoLoRAEncodeText", "Negative prompt", text_encoder=text[0], prompt=NEGATIVE)
+    negative = graph.add(column, "VideoLoRAEncodeText", "Negative prompt", text_encoder=text[0], prompt=shot.negative)
     told, away = positive[0], negative[0]
     if images:
         encoded = graph.add(column + 1, "VideoLoRAEncodeImage", dit=dit[0], positive=told, negative=away, vae=vae[0],
-                            width=832, height=480, frames=81, **images)  # fmt: skip
+                            **shot.size, **images)  # fmt: skip
         told, away, latent = encoded[0], encoded[1], encoded[2]
     else:
-        latent = graph.add(column, "VideoLoRAEmptyLatent", dit=dit[0], width=832, height=480, frames=81, batch_size=1)[
-            0
-        ]
+        latent = graph.add(column, "VideoLoRAEmptyLatent", dit=dit[0], **shot.size, batch_size=1)[0]
     schedule = graph.add(
-        column, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc", latent=latent
+        column, "VideoLoRAFlowSchedule", dit=dit[0], steps=shot.steps, shift=0.0, solver=shot.solver, latent=latent
     )
     if skip_cfg:
         schedule = graph.add(column, "VideoLoRACFGSkip", schedule=schedule[0], ratio=0.5, mode="late")
     sampled = graph.add(column + 1, "VideoLoRASample", dit=model, positive=told, negative=away, latent=latent,
                         schedule=schedule[0], guidance=0.0, seed=0)  # fmt: skip
-    frames = graph.add(column + 1, "VideoLoRADecode", vae=vae[0], latent=sampled[0])
-    video = graph.add(column + 1, "CreateVideo", images=frames[0], fps=16.0)
-    graph.add(column + 1, "SaveVideo", video=video[0], filename_prefix=prefix, format="auto", codec="auto")
+    _saved(graph, column + 1, vae, sampled[0], prefix, shot.fps)
 
 
 def wan_t2v_train_loraid() -> Graph:
@@ -386,9 +402,9 @@ def _prompts(graph: Graph, column: int, text: Node) -> dict[str, Out]:
     }
 
 
-def _saved(graph: Graph, column: int, vae: Node, latent: Out, prefix: str) -> None:
+def _saved(graph: Graph, column: int, vae: Node, latent: Out, prefix: str, fps: float = 16.0) -> None:
     frames = graph.add(column, "VideoLoRADecode", vae=vae[0], latent=latent)
-    video = graph.add(column, "CreateVideo", images=frames[0], fps=16.0)
+    video = graph.add(column, "CreateVideo", images=frames[0], fps=fps)
     graph.add(column, "SaveVideo", video=video[0], filename_prefix=prefix, format="auto", codec="auto")
 
 
@@ -499,12 +515,164 @@ New LoRAs are written to `ComfyUI/output/loras`. Unmerging brings back the bytes
     return graph
 
 
+HUNYUAN, HUNYUAN_VAE = "hunyuan_video_t2v_720p_bf16.safetensors", "hunyuan_video_vae_bf16.safetensors"
+SKYREELS, SKYREELS_I2V = "skyreels_hunyuan_t2v_bf16.safetensors", "skyreels_hunyuan_i2v_bf16.safetensors"
+LLAMA, CLIP_L = "llava_llama3_fp16.safetensors", "clip_l.safetensors"
+HUNYUAN_SHOT = Shot(width=960, height=544, frames=97, fps=24.0, steps=50, solver="euler")
+# What the authors of SkyReels recommend, as its releases have it too.
+SKYREELS_SHOT = Shot(width=960, height=544, frames=97, fps=24.0, steps=30, solver="euler",
+                     negative="Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad "
+                     "teeth, bad eyes, bad limbs, distortion")  # fmt: skip
+
+
+def _hunyuan_files(dit: str) -> str:
+    return f"""**Model files**
+- `models/diffusion_models/{dit}`
+- `models/vae/{HUNYUAN_VAE}`
+- `models/text_encoders/{LLAMA}` and `{CLIP_L}`"""
+
+
+def _hunyuan(graph: Graph, dit: str = HUNYUAN, variant: str = "auto") -> tuple[Node, Node, Node]:
+    """Model, VAE and text encoder."""
+    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant=variant)
+    vae = graph.add(0, "VideoLoRALoadVAE", model=HUNYUAN_VAE)
+    llm = graph.add(0, "VideoLoRALoadLLM", model=LLAMA)
+    return model, vae, graph.add(0, "VideoLoRALoadCLIP", llm=llm[0], model=CLIP_L)
+
+
+def hunyuan_t2v_train_loraid() -> Graph:
+    graph = Graph(f"""# Train one LORAID of HunyuanVideo, then look at it
+Put clips and a `.txt` caption for each into `ComfyUI/input/character_1`. Choose a LORAID that no other LoRA of yours has.
+The LoRA is written to `ComfyUI/output/loras`, in the form of which ComfyUI's own loader finds every key.
+
+{_hunyuan_files(HUNYUAN)}""")
+    dit, vae, text = _hunyuan(graph)
+    data = graph.add(1, "VideoLoRADatasetFolder", caption_extension=".txt", width=960, height=544, frames="49", repeats=1,
+                     batch_size=1, buckets=True, extraction="head", folder="character_1")  # fmt: skip
+    latents = graph.add(1, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0])
+    captions = graph.add(1, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
+    loraid = graph.add(1, "VideoLoRASelectLORAID", dit=dit[0], loraid=1, units_per_id=12, unit="slot")
+    network = graph.add(2, "VideoLoRANetworkSettings", rank=16, alpha=16.0)
+    optimizer = graph.add(2, "VideoLoRAOptimizerSettings", learning_rate=2e-4, weight_decay=0.01, warmup_steps=0,
+                          gradient_accumulation=1, max_grad_norm=1.0)  # fmt: skip
+    train = graph.add(2, "VideoLoRATrain", dit=dit[0], latents=latents[0], text=captions[0], name="hunyuan_character_1",
+                      steps=1000, seed=42, loraid=loraid[0], network=network[0], optimizer=optimizer[0])  # fmt: skip
+    applied = graph.add(2, "VideoLoRAApplyLoRA", dit=dit[0], loras=train[0], allow_overlap=False)
+    _sampling(graph, 3, dit, applied[0], text, vae, PROMPT, "video/hunyuan_character_1", shot=HUNYUAN_SHOT)
+    return graph
+
+
+def hunyuan_t2v_sample() -> Graph:
+    graph = Graph(f"""# A video with HunyuanVideo
+The model is told its guidance (embedded guidance, 6), which costs no time; guidance itself is 1, so the negative prompt is
+not used unless it is raised. The flow shift is 7, and 17 below 20 steps.
+
+{_hunyuan_files(HUNYUAN)}""")
+    dit, vae, text = _hunyuan(graph)
+    held = graph.add(1, "VideoLoRASamplingMemory", dit=dit[0], precision="fp8_scaled", block_swap=0, attention="sdpa",
+                     compile=False)  # fmt: skip
+    _sampling(graph, 1, dit, held[0], text, vae, PROMPT, "video/hunyuan_t2v", shot=HUNYUAN_SHOT)
+    return graph
+
+
+def hunyuan_v2v_sample() -> Graph:
+    graph = Graph(f"""# A video from a video with HunyuanVideo
+The strength says how much is made anew: 1 everything, 0 nothing; 0.5 to 0.8 keep the composition and the motion.
+
+{_hunyuan_files(HUNYUAN)}""")
+    dit, vae, text = _hunyuan(graph)
+    video = graph.add(1, "LoadVideo", size=(_WIDTH, 330), file="video.mp4")
+    parts = graph.add(1, "GetVideoComponents", video=video[0])
+    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=parts[0])
+    prompt = graph.add(1, "VideoLoRAEncodeText", "Prompt", text_encoder=text[0], prompt=PROMPT)
+    schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=HUNYUAN_SHOT.steps, shift=0.0, solver="euler")
+    sampled = graph.add(2, "VideoLoRASample", dit=dit[0], positive=prompt[0], latent=latent[0], schedule=schedule[0], guidance=0.0,
+                        seed=0, strength=0.7)  # fmt: skip
+    _saved(graph, 3, vae, sampled[0], "video/hunyuan_v2v", HUNYUAN_SHOT.fps)
+    return graph
+
+
+def skyreels_t2v_sample() -> Graph:
+    graph = Graph(f"""# A video with SkyReels V1
+Its file has the same tensors as HunyuanVideo's, so its variant is chosen in the loader. With it come what its authors recommend:
+guidance 6 with the negative prompt, embedded guidance 1.
+
+{_hunyuan_files(SKYREELS)}""")
+    dit, vae, text = _hunyuan(graph, SKYREELS, "skyreels-v1-t2v")
+    _sampling(graph, 1, dit, dit[0], text, vae, "FPS-24, " + PROMPT, "video/skyreels_t2v", shot=SKYREELS_SHOT)
+    return graph
+
+
+def skyreels_i2v_sample() -> Graph:
+    graph = Graph(f"""# A video with SkyReels V1 that begins with an image
+Choose your own image. It is resized to cover the video and cropped to its middle. What the authors of SkyReels recommend comes
+with its checkpoint: guidance 6 with the negative prompt, embedded guidance 1.
+
+{_hunyuan_files(SKYREELS_I2V)}""")
+    dit, vae, text = _hunyuan(graph, SKYREELS_I2V)
+    image = graph.add(1, "LoadImage", "Start image", (_WIDTH, 330), image="start_image.png")
+    _sampling(
+        graph,
+        2,
+        dit,
+        dit[0],
+        text,
+        vae,
+        "FPS-24, " + PROMPT,
+        "video/skyreels_i2v",
+        shot=SKYREELS_SHOT,
+        start_image=image[0],
+    )
+    return graph
+
+
+def _two_hunyuan_loras(graph: Graph, dit: Node) -> Node:
+    first = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=1, lora="hunyuan_character_1.safetensors")
+    second = graph.add(
+        1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=2, lora="hunyuan_character_2.safetensors", loras=first[0]
+    )
+    return graph.add(1, "VideoLoRAApplyLoRA", dit=dit[0], loras=second[0], allow_overlap=False)
+
+
+_TWO_HUNYUAN = (
+    "- `output/loras/hunyuan_character_1.safetensors` (LORAID 1) and `hunyuan_character_2.safetensors` (LORAID 2)"
+)
+
+
+def hunyuan_t2v_two_loraids() -> Graph:
+    graph = Graph(f"""# Two LORAIDs of HunyuanVideo in one video
+Both LoRAs are applied together. Files that touch the same parameters are refused.
+
+{_hunyuan_files(HUNYUAN)}
+{_TWO_HUNYUAN}""")
+    dit, vae, text = _hunyuan(graph)
+    applied = _two_hunyuan_loras(graph, dit)
+    _sampling(graph, 2, dit, applied[0], text, vae, "character_1 and character_2, walking through a park", "video/hunyuan_two_loraids",
+              shot=HUNYUAN_SHOT)  # fmt: skip
+    return graph
+
+
+def hunyuan_t2v_merge() -> Graph:
+    graph = Graph(f"""# Merge two LORAIDs into a HunyuanVideo checkpoint
+The new checkpoint is written to `ComfyUI/output/diffusion_models`; it needs as much disk space as the model, and hardly any
+memory. The order of the LoRAs does not matter.
+
+**Model files**
+- `models/diffusion_models/{HUNYUAN}`
+{_TWO_HUNYUAN}""")
+    applied = _two_hunyuan_loras(graph, graph.add(0, "VideoLoRALoadDiT", model=HUNYUAN, variant="auto"))
+    graph.add(2, "VideoLoRAMergeLoRA", dit=applied[0], name="hunyuan_video_character_1_2")
+    return graph
+
+
 WORKFLOWS = {
     make.__name__: make
     for make in (
         wan_t2v_prepare_data, wan_t2v_train_loraid, wan_t2v_two_loraids, wan_t2v_merge, wan_i2v_train, wan_t2i_train,
         wan22_train_experts, wan22_t2v_sample, wan_i2v_sample, wan_flf2v_sample, wan_t2v_sample, wan_t2i_sample,
         wan_v2v_sample, wan_cfg_skip, wan_decode_latents, wan_t2v_lora_workbench,
+        hunyuan_t2v_train_loraid, hunyuan_t2v_two_loraids, hunyuan_t2v_merge, hunyuan_t2v_sample, hunyuan_v2v_sample,
+        skyreels_t2v_sample, skyreels_i2v_sample,
     )
 }  # fmt: skip
 

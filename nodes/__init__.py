@@ -6,7 +6,7 @@ from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
 from .latents import Decode, EmptyLatent, EncodeVideo, LoadLatents, SaveLatents
-from .loaders import LoadCLIPVision, LoadDiT, LoadT5, LoadVAE, LoadWanExperts
+from .loaders import LoadCLIP, LoadCLIPVision, LoadDiT, LoadLLM, LoadT5, LoadVAE, LoadWanExperts
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA, UnmergeLoRA
 from .lora_files import BlendLoRA, ConvertLoRA, ExtractLoRA, InspectLoRA, PostHocEMA, ResizeLoRA
 from .planning import MemoryPlan
@@ -26,7 +26,7 @@ from .settings import (
 from .training import Train
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadDiT, LoadWanExperts, LoadVAE, LoadT5, LoadCLIPVision,
+    LoadDiT, LoadWanExperts, LoadVAE, LoadT5, LoadLLM, LoadCLIP, LoadCLIPVision,
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,

@@ -18,7 +18,7 @@ from ..core.data.config import CACHE_FOLDER, EXTRACTIONS, DatasetConfig, read_to
 from ..core.data.discovery import IMAGES, VIDEOS, frame_folders, media_files
 from ..core.data.planning import Dataset, plan_latents
 from ..core.data.statistics import statistics
-from ..core.families import check_size, open_part
+from ..core.families import check_size
 from ..core.io.files import digest
 from ..core.shapes import VideoSize
 from . import handles, paths
@@ -253,7 +253,7 @@ class DatasetPreview(io.ComfyNode):
         for sight in preview.sights(chosen, family):
             seen.append(sight)
             progress.update(len(seen), len(chosen), f"window {len(seen)} of {len(chosen)}")
-        tokenizer = family.load_tokenizer(open_part(text_encoder.path, "text_encoder")[0]) if text_encoder else None
+        tokenizer = text_encoder.tokenizer() if text_encoder else None
         report = statistics(plans, family, tokenizer)
         log.info("%s", report)
         say(report, cls.hidden.unique_id)

@@ -13,13 +13,15 @@ from weakref import WeakSet
 
 import comfy.model_management as mm
 import torch
+from comfy import sd1_clip
 from comfy.model_patcher import ModelPatcher
+from comfy.text_encoders import llama
 from comfy_api.latest import io
 
 from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
 from ..core.devices import compute_dtype, free_memory
 from ..core.families import FAMILIES, check_size, open_part
-from ..core.family import VAE, Family, Kind, Part, TextEncoder, Variant, VisionEncoder
+from ..core.family import VAE, Family, Kind, Part, TextEncoder, Tokenizer, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
 from ..core.io.safetensors import read_header
 from ..core.lora.adapter import attached
@@ -30,9 +32,10 @@ from ..core.modules.compiling import compile_blocks
 from ..core.modules.layers import use_fast_products
 from ..core.modules.quantized import STORINGS, check_fast, stored_weights
 from ..core.modules.streaming import BlockStream, move_resident, streamed_blocks
-from ..core.modules.tiling import TiledVAE
+from ..core.modules.tiling import tiled
 from ..core.sampling.experts import ExpertPair
-from ..core.shapes import VideoSize
+from ..core.shapes import Tiles, VideoSize
+from ..core.text import JointTextEncoder, JointTokenizer, check_complete
 from ..core.weights import load_into, shards
 
 DiT = io.Custom("VIDEOLORA_DIT")
@@ -169,35 +172,79 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class VAEFile(ModelFile):
-    """A VAE, and how it trades time for memory: `tile_size` in pixels (0: whole frames), `cache_on_cpu` as in VAE."""
+    """A VAE, and how it trades time for memory: tiles of so many frames and pixels (0: what suits the family),
+    `cache_on_cpu` as in VAE."""
 
+    tile_frames: int = 0
     tile_size: int = 0
     cache_on_cpu: bool = False
 
     @functools.cached_property
     def identity(self) -> str:
         """As of any model; tiles change the latents a little."""
-        return digest([super().identity, self.tile_size]) if self.tile_size else super().identity
+        used = [*filter(None, reversed(self.tiles))]
+        return digest([super().identity, *used]) if used else super().identity
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(self.tile_frames, self.tile_size).or_else(self.family.vae_tiles)
 
     def load(self, pixels: VideoSize, batch_size: int = 1) -> VAE:
         """The VAE on the compute device, for so many videos of this size at a time."""
-        height, width = (min(side, self.tile_size or side) for side in pixels[1:])
-        memory = batch_size * height * width * self.family.vae_elements * self.dtype.itemsize
+        memory = batch_size * self.family.vae_values(pixels, self.tiles) * self.dtype.itemsize
         vae = self.slot.on_device(lambda: self._module("vae", self.family.build_vae), memory)
         vae.cache_on_cpu = self.cache_on_cpu
-        return TiledVAE(vae, self.tile_size, self.family.latent) if self.tile_size else vae
+        return tiled(vae, self.tiles, self.family.latent)
 
 
+@dataclass(frozen=True)
 class TextEncoderFile(ModelFile):
-    def load(self) -> TextEncoder:
-        """The text encoder on the compute device, or on the CPU when it is larger than the device's memory."""
+    """A text encoder, and those that its family's models take beside it."""
+
+    beside: tuple[TextEncoderFile, ...] = ()
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """As of any model; of several, for all of them."""
+        return digest([super().identity, *(one.identity for one in self.beside)]) if self.beside else super().identity
+
+    def with_beside(self, other: TextEncoderFile) -> TextEncoderFile:
+        """This and the other one together. ValueError when they do not belong together."""
+        together = replace(self, beside=(*self.beside, other))
+        check_complete([one.part for one in together.all], self.family)
+        return together
+
+    @property
+    def all(self) -> tuple[TextEncoderFile, ...]:
+        return (self, *self.beside)
+
+    def tokenizer(self) -> Tokenizer:
+        """What cuts prompts, without the encoders' weights."""
+        return JointTokenizer([
+            one.family.load_tokenizer(*open_part(one.path, "text_encoder"), tokenizer_folders()) for one in self.all
+        ])  # fmt: skip
+
+    def load(self) -> TextEncoder | JointTextEncoder:
+        """The text encoder, or those that work together. ValueError when one is missing."""
+        check_complete([one.part for one in self.all], self.family)
+        return JointTextEncoder([one.load_alone for one in self.all]) if self.beside else self.load_alone()
+
+    def load_alone(self) -> TextEncoder:
+        """This one on the compute device, or on the CPU when it is larger than the device's memory."""
         if self.slot.encoder is None:
             storing = STORINGS[self.precision] if self.precision in FP8_PRECISIONS else None
-            self.slot.encoder = self.family.load_text(*open_part(self.path, "text_encoder"), self.dtype, storing)
+            self.slot.encoder = self.family.load_text(
+                *open_part(self.path, "text_encoder"), self.dtype, storing, tokenizer_folders()
+            )
         model, device = self.slot.encoder.model, mm.get_torch_device()
         fits = sum(parameter.nbytes for parameter in model.parameters()) < 0.9 * mm.get_total_memory(device)
         self.slot.on_device(lambda: model, memory=0, device=device if fits else torch.device("cpu"))
         return self.slot.encoder
+
+
+def tokenizer_folders() -> tuple[Path, ...]:
+    """Where ComfyUI keeps tokenizers that its text encoder files do not bring."""
+    return Path(sd1_clip.__file__).parent / "sd1_tokenizer", Path(llama.__file__).parent / "llama_tokenizer"
 
 
 class VisionEncoderFile(ModelFile):
@@ -242,8 +289,8 @@ class DiTFile(ModelFile):
         chosen = family.variants[part.variants[0] if variant == "auto" else variant]
         if chosen.unusable:
             raise ValueError(f"{chosen.title} is recognised, but cannot be used: {chosen.unusable}.")
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=tuple(inventory(family, shapes)))
+        matrices = tuple(inventory(family, checkpoint.shapes(part.keymap)))
+        return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=matrices)
 
     @property
     def is_set_up(self) -> bool:

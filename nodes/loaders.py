@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..core.families import FAMILIES, open_part
 from ..core.family import Part
-from ..core.modules.tiling import check_tile
+from ..core.modules.tiling import check_tiles
+from ..core.shapes import Tiles
 from . import handles, paths
 
 CATEGORY = "VideoLoRA/loaders"
@@ -33,7 +34,7 @@ class LoadDiT(io.ComfyNode):
                                tooltip="A file in ComfyUI's models/diffusion_models, official or ComfyUI layout."),
                 io.Combo.Input("variant", options=["auto", *variants], default="auto",
                                tooltip="Only where the file itself cannot tell, such as Wan 2.1 14B and the two experts of "
-                               "Wan 2.2. It decides defaults (flow shift, guidance)."),
+                               "Wan 2.2, or HunyuanVideo and SkyReels V1 T2V. It decides defaults (flow shift, guidance)."),
             ],
             outputs=[handles.DiT.Output("dit", display_name="dit")],
         )  # fmt: skip
@@ -118,8 +119,11 @@ class LoadVAE(io.ComfyNode):
                 _precision("VAE", handles.PRECISIONS),
                 io.Int.Input("tile_size", default=0, min=0, max=2048, step=32, optional=True, advanced=True,
                              tooltip="Work on tiles of so many pixels when frames are too large for the memory: 256 needs a "
-                             "sixth of 832x480. 0: whole frames, which is exact. Caches made with tiles are made again "
-                             "without."),
+                             "sixth of 832x480. 0: what suits the model, whole frames for Wan and 256 for HunyuanVideo. "
+                             "Caches made with tiles are made again without."),
+                io.Int.Input("tile_frames", default=0, min=0, max=1024, step=16, optional=True, advanced=True,
+                             tooltip="For HunyuanVideo, whose VAE looks at all frames of a clip at once: work on so many frames "
+                             "at a time. 0: 64. Wan's VAE needs none."),
                 io.Boolean.Input("cache_on_cpu", default=False, optional=True, advanced=True,
                                  tooltip="Keeps what the VAE remembers of earlier frames in main memory: slower, somewhat "
                                  "less VRAM, the same result."),
@@ -128,24 +132,29 @@ class LoadVAE(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model: str | None, tile_size: int | None = 0) -> bool | str:
-        return _checked(cls._open, "vae", model, tile_size)
+    def validate_inputs(cls, model: str | None, tile_frames: int | None = 0, tile_size: int | None = 0) -> bool | str:
+        return None in (tile_frames, tile_size) or _checked(cls._open, "vae", model, Tiles(tile_frames, tile_size))
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **_: object) -> list:
         return paths.model_state("vae", model)
 
     @classmethod
-    def _open(cls, path: Path, tile_size: int) -> Part:
+    def _open(cls, path: Path, tiles: Tiles) -> Part:
         _, part = open_part(path, "vae")
-        if tile_size:
-            check_tile(tile_size, FAMILIES[part.family].latent)
+        family = FAMILIES[part.family]
+        if tiles.frames and not family.vae_tiles.frames:
+            raise ValueError(
+                f"{part.title} takes one frame after the other and needs no tiles in time: set tile_frames to 0."
+            )
+        check_tiles(tiles, family.latent)
         return part
 
     @classmethod
-    def execute(cls, model: str, tile_size: int = 0, **settings: Any) -> io.NodeOutput:
+    def execute(cls, model: str, tile_frames: int = 0, tile_size: int = 0, **settings: Any) -> io.NodeOutput:
         path = paths.model_path("vae", model)
-        return io.NodeOutput(handles.VAEFile(path, cls._open(path, tile_size), tile_size=tile_size, **settings))
+        part = cls._open(path, Tiles(tile_frames, tile_size))
+        return io.NodeOutput(handles.VAEFile(path, part, tile_frames=tile_frames, tile_size=tile_size, **settings))
 
 
 class LoadT5(io.ComfyNode):
@@ -178,6 +187,72 @@ class LoadT5(io.ComfyNode):
     def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
         path = paths.model_path("text_encoders", model)
         return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
+
+
+class LoadLLM(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadLLM",
+            display_name="Load LLaVA Text Encoder",
+            category=CATEGORY,
+            description="Opens LLaVA-Llama-3, the large text encoder of HunyuanVideo and SkyReels V1. Link it to Load CLIP Text "
+            "Encoder, which these models take too.",
+            inputs=[
+                io.Combo.Input("model", options=paths.model_files("text_encoders"),
+                               tooltip="A file in ComfyUI's models/text_encoders: ComfyUI's llava_llama3 file, or one of those of "
+                               "the official text_encoder folder with its tokenizer.json beside it."),
+                _precision("text encoder", (*handles.PRECISIONS, *handles.FP8_PRECISIONS), " fp8: half the memory, fp8_scaled "
+                           "with a scale per row is closer to the original."),
+            ],
+            outputs=[handles.TextEncoderType.Output("text_encoder", display_name="llm")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        return _checked(open_part, "text_encoders", model, "text_encoder")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
+        return paths.model_state("text_encoders", model)
+
+    @classmethod
+    def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
+        path = paths.model_path("text_encoders", model)
+        return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
+
+
+class LoadCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadCLIP",
+            display_name="Load CLIP Text Encoder",
+            category=CATEGORY,
+            description="Opens the CLIP-L text encoder of HunyuanVideo and SkyReels V1, which works together with LLaVA.",
+            inputs=[
+                handles.TextEncoderType.Input("llm", tooltip="From Load LLaVA Text Encoder."),
+                io.Combo.Input("model", options=paths.model_files("text_encoders"),
+                               tooltip="A file in ComfyUI's models/text_encoders: clip_l, or the official text_encoder_2 folder's "
+                               "model file."),
+                _precision("text encoder", handles.PRECISIONS),
+            ],
+            outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        return _checked(open_part, "text_encoders", model, "text_encoder")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> list:
+        return paths.model_state("text_encoders", model)
+
+    @classmethod
+    def execute(cls, llm: handles.TextEncoderFile, model: str, precision: str = "auto") -> io.NodeOutput:
+        path = paths.model_path("text_encoders", model)
+        clip = handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision)
+        return io.NodeOutput(llm.with_beside(clip))
 
 
 class LoadCLIPVision(io.ComfyNode):

@@ -59,7 +59,7 @@ class MemoryPlan(io.ComfyNode):
         checkpoint, part = open_part(dit.path, "dit")
         size, images = family.latent.latents(VideoSize(frames, height, width)), dit.variant.images
         told = {name: torch.zeros(shape) for name, shape in (images.shapes(size) if images else {}).items()}
-        states = {**family.from_comfyui(torch.ones(1, 1, part.text_width), {}), **told}
+        states = {**family.blank_text(part.config), **told}
         whole = {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
         rows = allocate(dit.matrices, loraid).rows if loraid else whole
         subject = planner.Subject(

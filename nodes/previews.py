@@ -105,7 +105,8 @@ class PreviewSettingsNode(io.ComfyNode):
         )  # fmt: skip
         return io.NodeOutput(PreviewSettings(
             prompts=previews, every_steps=every_steps, every_epochs=every_epochs, at_start=at_start,
-            vae=str(vae.path) if vae else "", tile_size=vae.tile_size if vae else 0,
+            vae=str(vae.path) if vae else "", tile_frames=vae.tile_frames if vae else 0,
+            tile_size=vae.tile_size if vae else 0,
         ))  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _defaults(dit: handles.DiTFile, *, width: int, height: int, frames: int, ste
     return Prompt(
         prompt="", negative_prompt=negative_prompt or variant.negative_prompt, width=width, height=height,
         frame_count=frames, seed=seed, sample_steps=steps, cfg_scale=guidance or variant.guidance,
-        discrete_flow_shift=shift or variant.shift_for(width, height),
+        discrete_flow_shift=shift or variant.shift_for(width, height, steps),
     )  # fmt: skip
 
 

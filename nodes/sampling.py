@@ -14,7 +14,7 @@ from comfy import latent_formats
 from comfy_api.latest import io
 from PIL import Image
 
-from ..core.family import Family, States
+from ..core.family import GUIDANCE, Family, States
 from ..core.lora.inventory import blocks_of
 from ..core.modules.attention import BACKENDS
 from ..core.sampling.guidance import CFG_SKIP_MODES, SKIP_LAYER_MODES, SkipLayers
@@ -93,9 +93,12 @@ class PromptList(io.ComfyNode):
         default = Prompt(
             prompt="", negative_prompt=variant.negative_prompt, width=variant.size.width, height=variant.size.height,
             frame_count=variant.size.frames, seed=seed, sample_steps=variant.steps, cfg_scale=variant.guidance,
-            discrete_flow_shift=variant.sampling_shift,
         )  # fmt: skip
         lines = [prompt.filled(default) for prompt in parse_lines(prompts)]
+        shifts = [variant.shift_for(line.width, line.height, line.sample_steps) for line in lines]
+        lines = [
+            line.filled(Prompt(prompt="", discrete_flow_shift=shift)) for line, shift in zip(lines, shifts, strict=True)
+        ]
         return io.NodeOutput(*(
             [getattr(line, name) for line in lines]
             for name in ("prompt", "negative_prompt", "seed", "width", "height", "frame_count", "sample_steps", "cfg_scale",
@@ -116,7 +119,7 @@ class FlowSchedule(io.ComfyNode):
                 io.Int.Input("steps", default=30, min=1, max=1000, tooltip="More steps, more detail and time: 20 to 50."),
                 io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Flow shift: higher spends more steps on composition and motion. 0 uses what the model's "
-                               "authors recommend (5 for Wan 2.1)."),
+                               "authors recommend (5 for Wan 2.1, 7 for HunyuanVideo and 17 below 20 steps)."),
                 io.Combo.Input("solver", options=list(SOLVERS), default="euler", tooltip="How a step is computed. unipc is what Wan's authors use."),
                 io.Latent.Input("latent", optional=True, tooltip="The video to be sampled, where the recommended flow shift depends on "
                                 "its size (Wan 2.1 image-to-video: 3 at 832x480)."),
@@ -131,7 +134,7 @@ class FlowSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, steps: int, shift: float, solver: str, latent=None) -> io.NodeOutput:
         size = dit.family.latent.pixels(VideoSize(*latent["samples"].shape[2:])) if latent else dit.variant.size
-        recommended = dit.variant.shift_for(size.width, size.height)
+        recommended = dit.variant.shift_for(size.width, size.height, steps)
         schedule = Schedule(steps=steps, shift=shift or recommended, solver=solver)
         say(f"flow shift {schedule.shift:g}, sigmas " + " ".join(f"{s:.3f}" for s in schedule.sigmas.tolist()),
             cls.hidden.unique_id)  # fmt: skip
@@ -267,7 +270,7 @@ class Sample(io.ComfyNode):
                 handles.ScheduleType.Input("schedule", tooltip="From Flow Schedule or CFG Skip."),
                 io.Float.Input("guidance", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="How strongly to follow the prompt. 1 switches guidance off and halves the time; 0 uses "
-                               "what the model's authors recommend (5 for Wan 2.1)."),
+                               "what the model's authors recommend (5 for Wan 2.1, 1 for HunyuanVideo, 6 for SkyReels V1)."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The same seed gives the same video; the same noise as ComfyUI's own samplers."),
                 io.Float.Input("low_guidance", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01, optional=True, advanced=True,
@@ -275,6 +278,9 @@ class Sample(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001, optional=True,
                                tooltip="For video to video: how much is made anew. 1 takes nothing of the latent but its size, 0 "
                                "gives it back; 0.5 to 0.8 keep the composition."),
+                io.Float.Input("embedded_guidance", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01, optional=True,
+                               tooltip="Guidance that HunyuanVideo and SkyReels V1 are told, which costs no time. 0: what the "
+                               "conditioning says (Flux Guidance), else what the authors recommend (6, and 1 for SkyReels V1)."),
             ],
             outputs=[io.Latent.Output("sampled", display_name="latent")],
             hidden=[io.Hidden.unique_id],
@@ -282,14 +288,17 @@ class Sample(io.ComfyNode):
 
     @classmethod
     def execute(cls, dit: handles.DiTFile, positive, latent, schedule: Schedule, guidance: float, seed: int,
-                negative=None, low_guidance: float = 0.0, strength: float = 1.0) -> io.NodeOutput:  # fmt: skip
+                negative=None, low_guidance: float = 0.0, strength: float = 1.0, embedded_guidance: float = 0.0) -> io.NodeOutput:  # fmt: skip
         family, samples = dit.family, latent["samples"]
         start = family.latent.to_model(samples.float())
         if "noise_mask" in latent:
             raise ValueError(
                 "the latent has a noise mask, and only whole videos are sampled: take Set Latent Noise Mask away."
             )
-        told, away = (conditioning and _states(dit, conditioning, start) for conditioning in (positive, negative))
+        told, away = (
+            conditioning and _states(dit, conditioning, start, embedded_guidance)
+            for conditioning in (positive, negative)
+        )
         if low_guidance and dit.low is None:
             raise ValueError("low_guidance is for a pair of experts, and this is one model: set it to 0.")
         scales = {one.variant.expert: guidance or one.variant.guidance for one in dit.experts}
@@ -307,7 +316,8 @@ class Sample(io.ComfyNode):
                     reached = latents
         sampled_with = {
             "prompt": _prompt(positive), "negative_prompt": _prompt(negative), "seed": seed, "strength": strength,
-            "guidance": " / ".join(f"{value:g}" for value in scales.values()), "steps": schedule.steps,
+            "guidance": " / ".join(f"{value:g}" for value in scales.values()),
+            "embedded_guidance": f"{float(told[GUIDANCE]):g}" if GUIDANCE in told else "", "steps": schedule.steps,
             "flow_shift": schedule.shift, "solver": schedule.solver, "plan": schedule.plan,
             "model": " / ".join(one.path.name for one in dit.experts),
             "loras": ", ".join(f"{lora.path.name} x {lora.multiplier:g}" for one in dit.experts for lora in one.loras),
@@ -344,7 +354,7 @@ def _prompt(conditioning) -> str:
     return conditioning[0][1].get(handles.PROMPT, "") if conditioning else ""
 
 
-def _states(dit: handles.DiTFile, conditioning, latents: torch.Tensor) -> States:
+def _states(dit: handles.DiTFile, conditioning, latents: torch.Tensor, embedded_guidance: float) -> States:
     """What the model is told, checked: it must be able to take all of it with these latents."""
     if len(conditioning) != 1:
         raise ValueError(f"the conditioning has {len(conditioning)} parts; one prompt at a time can be sampled.")
@@ -356,6 +366,8 @@ def _states(dit: handles.DiTFile, conditioning, latents: torch.Tensor) -> States
     states = dit.family.from_comfyui(
         cross_attn, {name: value for name, value in options.items() if name != handles.PROMPT}
     )
+    chosen = dit.variant.guidance_states(embedded_guidance)
+    states = {**states, **chosen} if embedded_guidance else {**chosen, **states}
     shapes = {name: value.shape for name, value in states.items()}
     dit.family.check_states(dit.part.config, shapes, VideoSize(*latents.shape[2:]))
     return states

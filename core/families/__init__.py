@@ -8,9 +8,10 @@ from ..family import KIND_TITLES, Family, Kind, Part
 from ..keymap import find_prefix
 from ..shapes import VideoSize
 from ..weights import Checkpoint, open_checkpoint
+from .hunyuan_video import FAMILY as HUNYUAN_VIDEO
 from .wan import FAMILY as WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN_VIDEO)}
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
@@ -18,6 +19,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
 
     Raises ValueError when no family knows it.
     """
+    refusals = []
     for family in FAMILIES.values():
         prefix = find_prefix(checkpoint.tensors, family.anchors)
         if prefix is None:
@@ -26,13 +28,16 @@ def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
         try:
             part = family.recognise({name: info.shape for name, info in inner.tensors.items()})
         except KeyError as error:
-            raise ValueError(
+            refusals.append(
                 f"{checkpoint.path.name} is incomplete: it looks like {family.title}, but {error} is missing. Get the file again."
-            ) from error
+            )
         except ValueError as error:
-            raise ValueError(f"{checkpoint.path.name}: {error}") from error
-        if part is not None:
-            return inner, part
+            refusals.append(f"{checkpoint.path.name}: {error}")
+        else:
+            if part is not None:
+                return inner.viewed(part.views) if part.views else inner, part
+    if refusals:
+        raise ValueError(refusals[0])
     names = ", ".join(list(checkpoint.tensors)[:3]) or "none"
     raise ValueError(
         f"{checkpoint.path.name} is not a model this pack knows (its first tensors: {names}). "

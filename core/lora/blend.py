@@ -137,7 +137,7 @@ def save(lora: LoRAFile, factors: Mapping[str, Factors], target: Path) -> None:
     rows = {name: one.touched for name, one in lora.factors.items()}
     kept = all(rows[name][0] <= one.touched[0] and one.touched[1] <= rows[name][1] for name, one in factors.items())
     metadata = {key: value for key, value in lora.metadata.items() if kept or not key.startswith("ss_loraid")}
-    files.save(target, {name: one.to(lora.dtype) for name, one in factors.items()}, metadata)
+    files.save(target, {name: one.to(lora.dtype) for name, one in factors.items()}, metadata, names=lora.names)
 
 
 def blended_compatibly(paths: Sequence[Path], how: Blend) -> list[tuple[dict[str, Tensor], dict[str, str]]]:

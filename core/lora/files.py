@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ DIALECTS = {
 @dataclass(frozen=True)
 class LoRAFile:
     """A LoRA read from disk, its matrices by their names in the model. `matched` keys belong to one of them, `unmatched`
-    fit nothing; `dtype` is what the file is stored in."""
+    fit nothing; `dtype` is what the file is stored in, `names` are those of the model's family."""
 
     path: Path
     metadata: dict[str, str]
@@ -90,6 +90,7 @@ class LoRAFile:
     matched: int = 0
     dialect: str = ""
     dtype: torch.dtype = torch.float32
+    names: LoRANames = field(default_factory=LoRANames)
 
     def report(self) -> str:
         """Dialect, kinds, ranks, alphas and keys, for people."""
@@ -150,7 +151,14 @@ def read(path: Path, matrices: Iterable[Matrix], title: str, names: LoRANames | 
     dtype = stored.pop() if len(stored) == 1 else torch.float32
     dtype = dtype if dtype.is_floating_point else torch.float32
     return LoRAFile(
-        path, metadata, factors, unmatched, len(tensors) - len(unmatched), dialects.most_common(1)[0][0], dtype
+        path,
+        metadata,
+        factors,
+        unmatched,
+        len(tensors) - len(unmatched),
+        dialects.most_common(1)[0][0],
+        dtype,
+        names,
     )
 
 
@@ -318,14 +326,16 @@ def _foreign(path: Path, keys: list[str], metadata: Mapping[str, str], title: st
     return f"{path.name} does not belong to this model ({title}): none of its {len(keys)} keys match, {origin}."
 
 
-def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str], dialect: str = "training",
+def save(path: Path, factors: Mapping[str, Factors], metadata: Mapping[str, str], dialect: str = "",
          names: LoRANames | None = None) -> None:  # fmt: skip
-    """Write a LoRA in the dtypes of the factors; atomic. `names` are those of the model's family.
+    """Write a LoRA in the dtypes of the factors; atomic. `names` are those of the model's family, which also say in which
+    dialect it is written where none is given.
 
     Raises ValueError for factors that the dialect has no form for.
     """
-    form = DIALECTS[dialect]
-    modules = _modules(factors, getattr(names or LoRANames(), form.names) if form.names else ())
+    names = names or LoRANames()
+    form = DIALECTS[dialect or names.saved]
+    modules = _modules(factors, getattr(names, form.names) if form.names else ())
     tensors: dict[str, Tensor] = {}
     for module, factor in modules.items():
         if factor.kind not in form.kinds:

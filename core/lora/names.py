@@ -47,12 +47,14 @@ class LoRANames:
     diffusers   as diffusers has the model
     aliases     further names that are read and not written
     prefixes    further prefixes of names
+    saved       the dialect that LoRAs are saved in, of which ComfyUI's own loader must find every key
     """
 
     comfyui: tuple[Named, ...] = ()
     diffusers: tuple[Named, ...] = ()
     aliases: tuple[Named, ...] = ()
     prefixes: tuple[str, ...] = ()
+    saved: str = "training"
 
 
 class Placed(NamedTuple):

@@ -40,6 +40,9 @@ class Source:
     def __init__(self, path: Path, prefix: str, part: Part) -> None:
         if path.suffix.lower() != ".safetensors":
             raise ValueError(f"{path.name}: only safetensors checkpoints can be merged into.")
+        if part.views:
+            raise ValueError(f"{path.name} divides the model's matrices otherwise, as diffusers does: merge into the official or "
+                             "ComfyUI's version of the checkpoint.")  # fmt: skip
         self.path, self.prefix, self.part = path, prefix, part
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, Stored] = {}

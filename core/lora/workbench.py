@@ -81,7 +81,7 @@ def resize_lora(model: Model, entry: StackEntry, target: Path, rank: int) -> str
     file = read(model, entry)
     made = list(resize.resized(file, rank))
     factors = {name: one.to(file.dtype) for name, one in resize.factors_of(made).items()}
-    files.save(target, factors, resize.metadata_of(file.metadata, factors))
+    files.save(target, factors, resize.metadata_of(file.metadata, factors), names=model.family.lora_names)
     return f"{entry.path.name}: {file.report()}\nrank {rank}: {resize.report(made)}: {target}"
 
 
@@ -101,7 +101,7 @@ def extract(base: Model, tuned: Model, target: Path, rank: int) -> Iterator[tupl
         "ss_sd_model_name": base.path.name,
         "videolora_extracted": tuned.path.name,
     }
-    files.save(target, factors, resize.metadata_of(metadata, factors))
+    files.save(target, factors, resize.metadata_of(metadata, factors), names=base.family.lora_names)
     left = resize.other_differences(*opened, *other, base.matrices)
     lost = f"\n{len(left)} other parameters differ, which a LoRA cannot hold: {', '.join(left[:3])}" if left else ""
     return f"rank {rank}: {resize.report(made)}: {target}{lost}"

@@ -1,4 +1,4 @@
-"""Layers: a linear layer that an adapter can be attached to, and rotary embedding. L tokens, N heads, D head size."""
+"""Layers: a linear layer that an adapter can be attached to, time and rotary embedding. L tokens, N heads, D head size."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def sinusoids(time: Tensor, dim: int) -> Tensor:
+    """(B,) -> (B, dim) float32: cosines, then sines, of frequencies from 1 to 1 / 10000."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=time.device, dtype=torch.float32) / half)
+    angles = time.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
 def rotary_tables(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..family import VAE, Family, States
+from ..family import VAE, Family, States, moved
 from ..flow import noised
 from ..shapes import VideoSize
 from .guidance import Velocity, guided
@@ -58,7 +58,7 @@ def sample(
 
 
 def _velocity(dit: nn.Module, family: Family, states: States, like: Tensor) -> Velocity:
-    conditions = {name: value.to(like.device) for name, value in family.conditions([states] * len(like)).items()}
+    conditions = moved(family.conditions([states] * len(like)), like.device)
 
     def velocity(x: Tensor, time: float, left_out: Collection[int] = ()) -> Tensor:
         return dit(x, torch.full((len(x),), time, device=x.device), skip_layers=left_out, **conditions)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import require
 from ..data import cache_files
-from ..family import Family
+from ..family import Conditions, Family
 from ..flow import noised, velocity
 from ..io.files import digest
 from ..shapes import VideoSize
@@ -76,7 +76,7 @@ class Batch:
     latents: Tensor
     target: Tensor
     sigma: Tensor
-    conditions: dict[str, Tensor]
+    conditions: Conditions
     weight: Tensor = _EVEN
     seed: int = 0
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..family import moved
 from ..flow import model_time
 from ..lora.adapter import Adapter, reseed
 from .batches import Batch
@@ -122,8 +123,7 @@ def flow_loss(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
 
 def flow_losses(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """The weighted error of the predicted velocity of each sample, (B,)."""
-    conditions = {name: value.to(device, non_blocking=True) for name, value in batch.conditions.items()}
     latents, target, sigma, weight = (
         x.to(device, non_blocking=True) for x in (batch.latents, batch.target, batch.sigma, batch.weight)
     )
-    return weighted_errors(dit(latents, model_time(sigma), **conditions), target, weight)
+    return weighted_errors(dit(latents, model_time(sigma), **moved(batch.conditions, device)), target, weight)

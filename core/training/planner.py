@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..devices import training_dtype
-from ..family import Family
+from ..family import Conditions, Family, moved
 from ..lora.adapter import attached
 from ..lora.inventory import Matrix, blocks_of
 from ..lora.loraid import Rows
@@ -59,7 +59,7 @@ class Subject:
     rows: Mapping[str, Rows]
     network: NetworkSettings
     latents: tuple[int, ...]
-    conditions: Mapping[str, Tensor]
+    conditions: Conditions
     device: torch.device
     optimizer_bytes: int  # per trained parameter
     processes: int = 1  # that train together
@@ -199,9 +199,7 @@ def step_activations(subject: Subject, precision: str, recompute: bool, offload:
     with _META:
         adapters = make_adapters(dit, subject.rows, fresh, subject.matrices, "", seed=0)
         latents = torch.empty(subject.latents)
-        batch = Batch(
-            latents, latents, torch.empty(len(latents)), {n: v.to(_META) for n, v in subject.conditions.items()}
-        )
+        batch = Batch(latents, latents, torch.empty(len(latents)), moved(subject.conditions, _META))
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     with attached(dit, adapters), LiveBytes([*dit.parameters(), *dit.buffers(), *parameters, latents]) as live:
         loop.flow_loss(dit, batch, _META).backward()

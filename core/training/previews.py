@@ -22,7 +22,7 @@ from ..families import open_part
 from ..family import VAE, Family
 from ..io import latents as latent_files
 from ..io.video import write_picture, write_video
-from ..modules.tiling import TiledVAE
+from ..modules.tiling import tiled
 from ..sampling.experts import ExpertPair
 from ..sampling.sample import decode, sample
 from ..sampling.schedule import Schedule
@@ -48,6 +48,7 @@ class Previews:
     def __init__(self, run: Run, job: Job, family: Family, device: torch.device, team: Team = ALONE) -> None:
         """`team` are the processes that sample together, each of which makes the same calls."""
         self.run, self.settings, self.family, self.device, self.team = run, job.previews, family, device, team
+        self.variant = family.variants[job.variant]
 
     def make(self, step: int, experts: Experts) -> None:
         """The previews after `step` that are not there yet. All are sampled before the VAE is loaded, and it goes again."""
@@ -88,6 +89,7 @@ class Previews:
         size = self.family.latent.latents(VideoSize(preview.frames, preview.height, preview.width))
         empty = torch.zeros(1, self.family.latent.channels, *size)
         told = cache_files.load_text(Path(preview.images)) if preview.images else {}
+        told |= self.variant.guidance_states()
         positive = {**cache_files.load_text(Path(preview.states)), **told}
         negative = {**cache_files.load_text(Path(preview.negative_states)), **told} if preview.negative_states else None
         schedule = Schedule(steps=preview.steps, shift=preview.shift, solver=preview.solver)
@@ -123,19 +125,20 @@ class Previews:
 
     def _load_vae(self, previews: Sequence[Preview]) -> tuple[VAE, torch.device]:
         """On the device when it fits beside the training, else on the CPU."""
-        path, family, tile = Path(self.settings.vae), self.family, self.settings.tile_size
+        path, family = Path(self.settings.vae), self.family
+        tiles = self.settings.tiles.or_else(family.vae_tiles)
         checkpoint, part = open_part(path, "vae")
         if part.family != family.name:
             raise ValueError(f"{path.name} is the VAE of another model ({part.title}).")
         release_memory(self.device)
-        pixels = max(min(one.height, tile or one.height) * min(one.width, tile or one.width) for one in previews)
+        values = max(family.vae_values(VideoSize(one.frames, one.height, one.width), tiles) for one in previews)
         dtype = compute_dtype(self.device)
-        needed = path.stat().st_size + pixels * family.vae_elements * dtype.itemsize
+        needed = path.stat().st_size + values * dtype.itemsize
         device = self.device if needed < free_memory(self.device) else torch.device("cpu")
         with torch.device("meta"):
             vae = family.build_vae(part.config)
         vae = load_into(vae, checkpoint, part.keymap, compute_dtype(device), device)
-        return (TiledVAE(vae, tile, family.latent) if tile else vae), device
+        return tiled(vae, tiles, family.latent), device
 
     def _write(self, path: Path, frames: Iterator[np.ndarray]) -> None:
         if path.suffix == _PICTURE:

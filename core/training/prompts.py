@@ -25,6 +25,7 @@ from ..data import cache_files
 from ..family import Family, TextEncoder
 from ..io.files import digest
 from ..sampling.schedule import Schedule
+from ..shapes import Tiles
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,15 +81,20 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewSettings:
-    """What is sampled while training, and when; 0 switches an interval off. `vae` decodes it, in tiles of so many pixels
-    (0: whole frames); without one only latents are kept."""
+    """What is sampled while training, and when; 0 switches an interval off. `vae` decodes it, in tiles of so many frames and
+    pixels (0: what suits the family); without one only latents are kept."""
 
     prompts: tuple[Preview, ...] = ()
     every_steps: int = 0
     every_epochs: int = 0
     at_start: bool = False
     vae: str = ""
+    tile_frames: int = 0
     tile_size: int = 0
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(self.tile_frames, self.tile_size)
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_epochs"):

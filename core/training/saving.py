@@ -104,7 +104,7 @@ class Writer:
             }
         _require_finite(value for factor in factors.values() for value in factor.tensors().values())
         metadata = describe(self.job, self.family, expert, self.allocation, step, self.run.started(), time.time())
-        files.save(self.run.lora_path(step, expert.name), factors, metadata)
+        files.save(self.run.lora_path(step, expert.name), factors, metadata, names=self.family.lora_names)
 
 
 def _require_finite(tensors: Iterable[Tensor]) -> None:

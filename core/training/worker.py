@@ -79,7 +79,7 @@ def _train(this: Run, job: Job, device: torch.device, team: Team) -> None:
     require(
         all(one.config == part.config for _, one in files.values()), "the two experts are models of different sizes."
     )
-    matrices = inventory(family, {name: info.shape for name, info in checkpoint.tensors.items()})
+    matrices = inventory(family, checkpoint.shapes(part.keymap))
     rows, allocation = trained_share(job, family, matrices)
     memory = plan_memory(this, job, family, checkpoint, part, matrices, rows, device, team)
     adapters = {expert.name: _adapters(job, family, expert, part, matrices, rows, device) for expert in job.experts}

@@ -3,6 +3,7 @@
 import torch
 
 from ...family import BlockKind, Family
+from ...shapes import Tiles
 from . import checkpoint, conditioning, defaults, text, vision
 from .dit import WanDiT
 from .lora_names import LORA_NAMES
@@ -34,12 +35,14 @@ FAMILY = Family(
     build_dit=WanDiT,
     build_vae=WanVAE,
     vae_elements=7000,  # as ComfyUI reckons for this VAE
-    load_tokenizer=text.Tokenizer,
+    vae_tiles=Tiles(),
+    load_tokenizer=text.load_tokenizer,
     text_states=(defaults.TEXT,),
     load_text=text.load,
     load_vision=vision.load,
     image_states=conditioning.image_states,
     conditions=conditioning.conditions,
+    blank_text=conditioning.blank_text,
     check_states=conditioning.check_states,
     comfyui_latents="Wan21",
     to_comfyui=conditioning.to_comfyui,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ...family import Part
 from ...keymap import KeyMap
+from .defaults import TEXT
 from .dit import CLIP_TOKENS, HEAD_DIM, PATCH, WanConfig
 from .text import UMT5Config
 from .vae import WanVAEConfig
@@ -137,7 +138,8 @@ def _umt5(shapes: Shapes) -> Part:
         depth=_depth(model, "encoder.block."),
         buckets=bias[0],
     )
-    return Part(family=NAME, kind="text_encoder", title="umT5 encoder", config=config, keymap=keymap)
+    return Part(family=NAME, kind="text_encoder", title="umT5 encoder", config=config, keymap=keymap,
+                gives=(TEXT,))  # fmt: skip
 
 
 def _clip_vision(shapes: Shapes) -> Part:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...family import VAE, ImageInput, States, VisionEncoder
+from ...family import VAE, ImageInput, States, TextStates, VisionEncoder
 from ...shapes import VideoSize
 from .defaults import CLIP, IMAGE, LATENT, MASK_CHANNELS, TEXT
 from .dit import CLIP_TOKENS, TEXT_TOKENS, WanConfig
@@ -66,6 +66,11 @@ def conditions(samples: Sequence[States]) -> dict[str, Tensor]:
         if name in samples[0]:
             found[argument] = torch.stack([sample[name] for sample in samples])
     return found
+
+
+def blank_text(config: WanConfig) -> TextStates:
+    """The states of the longest prompt, all zeros."""
+    return {TEXT: torch.zeros(TEXT_TOKENS, config.text_dim)}
 
 
 def check_states(config: WanConfig, shapes: Mapping[str, Sequence[int]], size: VideoSize) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...modules.attention import FullAttention
 from ...modules.checkpointing import BlockRunner
-from ...modules.layers import Linear, RMSNorm, rotary, rotary_tables
+from ...modules.layers import Linear, RMSNorm, rotary, rotary_tables, sinusoids
 
 HEAD_DIM = 128
 ROTARY_DIMS = (44, 42, 42)  # of a head, for frame, row, column
@@ -179,14 +179,6 @@ class WanDiT(nn.Module):
             if number not in skip_layers:
                 x = self.run_block(block, x, time, text, image, cos, sin)
         return _unpatchified(self.head(x, embedded_time).float(), sizes)
-
-
-def sinusoids(time: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim) float32: cosines, then sines, of frequencies from 1 to 1 / 10000."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, device=time.device, dtype=torch.float32) / half)
-    angles = time.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
 def _unpatchified(x: Tensor, sizes: torch.Size) -> Tensor:

@@ -101,7 +101,13 @@ def build(config: UMT5Config) -> torch.nn.Module:
     return torch.nn.ModuleDict({"encoder": model.encoder})  # not `model`, which names its embedding twice
 
 
-def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype, storing: Storing | None = None) -> UMT5:
+def load_tokenizer(checkpoint: Checkpoint, part: Part, folders: Sequence[Path] = ()) -> Tokenizer:
+    """The encoder's tokenizer; it is in the checkpoint or beside it, not in `folders`."""
+    return Tokenizer(checkpoint)
+
+
+def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype, storing: Storing | None = None,
+         folders: Sequence[Path] = ()) -> UMT5:  # fmt: skip
     """Load weights and tokenizer, on the CPU; the weights of linear layers as `storing` keeps them."""
     tokenizer = Tokenizer(checkpoint)
     with torch.device("meta"):

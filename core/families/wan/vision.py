@@ -136,7 +136,7 @@ def views(shapes: Mapping[str, tuple[int, ...]], keymap: KeyMap, config: CLIPVis
         for index, part in enumerate(parts):
             if part in wanted:
                 rows = shapes[source][0] // len(parts)
-                found[part] = View(source, wanted[part], slice(index * rows, (index + 1) * rows))
+                found[part] = View(wanted[part], ((source, slice(index * rows, (index + 1) * rows)),))
     return found
 
 
