@@ -1,9 +1,9 @@
 """How much LORAIDs and plain LoRAs of the same size disturb each other, on a small model; writes docs/interference.md.
 
-python dev.py bench interference [--steps 120] [--output docs/interference.md]
+python dev.py bench interference [--steps 60] [--seeds 3] [--output docs/interference.md]
 
 The model learns moving patterns of many kinds first; each LoRA then learns one kind of its own, and is measured on clips
-of that kind that it has not seen. For real models: python core interference RUN_FOLDER RUN_FOLDER ...
+of that kind that it has not seen. Each seed draws other kinds. For real models: python core interference RUN_FOLDER RUN_FOLDER ...
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def pretrained(path: Path, steps: int) -> None:
     safetensors.save(path, dit.state_dict(), {})
 
 
-def clips(folder: Path, kind: int) -> tuple:
+def clips(folder: Path, kind: int, seed: int) -> tuple:
     """Cached clips of one kind of wave, each with its own text states."""
-    rng = torch.Generator().manual_seed(100 + kind)
+    rng = torch.Generator().manual_seed(100 * seed + kind)
     direction, word = 2 * torch.randn(3, generator=rng), torch.randn(4, TEXT_DIM, generator=rng)
     items = []
     for index in range(CLIPS):
-        name = f"{kind}-{index}"
+        name = f"{seed}-{kind}-{index}"
         latents, text = folder / f"{name}_latents.safetensors", folder / f"{name}_te.safetensors"
         cache_files.save_latents(latents, pattern(direction, rng), SIZE, FAMILY, name)
         states = word + 0.1 * torch.randn(word.shape, generator=rng)
@@ -88,13 +88,13 @@ def clips(folder: Path, kind: int) -> tuple:
     return tuple(items)
 
 
-def train(title: str, kind: int, dit: Path, items: tuple, steps: int) -> Path:
+def train(title: str, kind: int, seed: int, dit: Path, items: tuple, steps: int) -> Path:
     """Train one LoRA of a group; its run folder."""
     division, rank = GROUPS[title]
     number = division and loraid.Loraid(number=division[1][kind], unit=division[0])
     described = job.Job(
-        name=f"{title.replace(' ', '_')}/kind_{kind + 1}", output_folder=str(FOLDER / "loras"), family=FAMILY.name, variant=VARIANT,
-        dit=str(dit), dit_fingerprint=io_files.fingerprint(dit), steps=steps, seed=kind,
+        name=f"{title.replace(' ', '_')}_{seed}/kind_{kind + 1}", output_folder=str(FOLDER / "loras"), family=FAMILY.name, variant=VARIANT,
+        dit=str(dit), dit_fingerprint=io_files.fingerprint(dit), steps=steps, seed=100 * seed + kind,
         datasets=(job.TrainingSet(title="waves", batch_size=2, num_repeats=1, items=items),), loraid=number,
         network=network.NetworkSettings(rank=rank, alpha=float(rank)), optimizer=job.OptimizerSettings(learning_rate=5e-3),
         save=job.SaveSettings(precision="float32"), watch=job.WatchSettings(validation_share=0.3, validation_every_steps=10**6),
@@ -108,20 +108,26 @@ def train(title: str, kind: int, dit: Path, items: tuple, steps: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "interference.md")
     args = parser.parse_args()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     dit = FOLDER / "dit.safetensors"
     pretrained(dit, 2 * args.steps)
-    of_kind = [clips(FOLDER, kind) for kind in range(KINDS)]
-    folders = {title: [train(title, kind, dit, of_kind[kind], args.steps) for kind in range(KINDS)] for title in GROUPS}
-    notes = (f"The model here is a small transformer (6 blocks, width 128) that has seen waves of all kinds; each of {KINDS} LoRAs learnt one kind from "
-             f"{round(0.7 * CLIPS)} clips in {args.steps} steps at one learning rate, and is measured on {round(0.3 * CLIPS)} others. One seed: differences of a few "
-             "hundredths mean nothing. All files hold about as many values; a LORAID reaches less of the model and takes less of the loss away "
-             "alone, and what changes less also disturbs less: read retention together with that.")  # fmt: skip
-    print(interference.report(folders, args.output, torch.device("cpu"), "python dev.py bench interference", notes))
+    groups = []
+    for seed in range(1, args.seeds + 1):
+        of_kind = [clips(FOLDER, kind, seed) for kind in range(KINDS)]
+        for title in GROUPS:
+            groups.append((title, [train(title, kind, seed, dit, of_kind[kind], args.steps) for kind in range(KINDS)]))
+    notes = f"""The model here is a small transformer (6 blocks, width 128) that has seen waves of all kinds; each of {KINDS} LoRAs learnt
+one kind from {round(0.7 * CLIPS)} clips in {args.steps} steps at one learning rate, and is measured on {round(0.3 * CLIPS)} others. A line is the mean over {args.seeds} seeds, which draw other
+kinds, clips and starts, and from where to where they lie; the tables of single LoRAs are of the first seed. All files hold about as
+many values. A LORAID reaches less of the model and takes less of the loss away alone, and what changes less also disturbs less: read
+retention together with the loss that is taken away."""
+    command = f"python dev.py bench interference --steps {args.steps} --seeds {args.seeds}"
+    print(interference.report(groups, args.output, torch.device("cpu"), command, notes))
 
 
 if __name__ == "__main__":

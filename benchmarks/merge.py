@@ -2,7 +2,8 @@
 
 python dev.py bench merge [--gib 4]
 
-Bound by the disk: the file is read once and written once, as in a copy. Both are flushed to the disk.
+Bound by the disk: the file is read once and written once, as in a copy. Both are flushed to the disk, which must have room
+for two such files. The memory is that of the LoRAs and a few bands of rows: a larger checkpoint takes no more.
 """
 
 from __future__ import annotations
@@ -108,6 +109,14 @@ def main() -> None:
 
 def compare(gib: float) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    try:
+        _compare(gib)
+    finally:
+        for path in FOLDER.iterdir():
+            path.unlink()
+
+
+def _compare(gib: float) -> None:
     source = FOLDER / "dit.safetensors"
     make_checkpoint(source, gib)
     _, matrices = matrices_of(source)
@@ -126,9 +135,7 @@ def compare(gib: float) -> None:
         copied = min(copy[0] for copy, _ in rounds)
         taken, peak, before = min(merged for _, merged in rounds)
         print(f"{title}: {taken:.2f} s, copy {copied:.2f} s, ratio {taken / copied:.2f}, peak {peak / 2**30:.2f} GiB "
-              f"({before / 2**30:.2f} of it Python and torch)")  # fmt: skip
-    for path in FOLDER.iterdir():
-        path.unlink()
+              f"({before / 2**30:.2f} of it Python and torch)", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from . import interference
 from .devices import best_device
+from .io.files import written_once
 from .lora.blend import METHODS as BLENDS
 from .lora.blend import Blend
 from .lora.combine import METHODS as COMBINATIONS
@@ -41,7 +44,7 @@ def run(words: Sequence[str]) -> int:
     try:
         print(arguments.command(arguments))
     except (OSError, ValueError) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -172,7 +175,9 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the file to write; one that is there already is never replaced"
+    )
 
 
 def _model(arguments: argparse.Namespace) -> OpenedModel:
@@ -187,13 +192,18 @@ def _entry(arguments: argparse.Namespace) -> StackEntry:
     return StackEntry(arguments.lora, include=tuple(arguments.include), exclude=tuple(arguments.exclude))
 
 
+def _written(arguments: argparse.Namespace, make: Callable[[Path], object]) -> str:
+    """A file that is there already is never replaced."""
+    return written_once([arguments.output], lambda targets: str(make(targets[0])))
+
+
 def _merge(arguments: argparse.Namespace) -> str:
     model = _model(arguments)
     stack = read_stack(model, _entries(arguments), arguments.allow_overlap or arguments.combine != "sum")
     how = Combination(method=arguments.combine, density=arguments.density, seed=arguments.seed)
     if not stack:
         raise ValueError("there is nothing to merge: every multiplier is 0.")
-    _finish(merge(model.path, arguments.output, model.prefix, model.part, stack, how))
+    _written(arguments, lambda target: _finish(merge(model.path, target, model.prefix, model.part, stack, how)))
     return f"merged {', '.join(lora.entry.path.name for lora in stack)}: {arguments.output}"
 
 
@@ -201,11 +211,8 @@ def _unmerge(arguments: argparse.Namespace) -> str:
     model = _model(arguments)
     stack = read_stack(model, _entries(arguments), allow_overlap=True)
     base = OpenedModel.open(arguments.base, arguments.variant) if arguments.base else None
-    _finish(
-        unmerge(
-            model.path, arguments.output, model.prefix, model.part, stack, base and (base.path, base.prefix, base.part)
-        )
-    )
+    origin = base and (base.path, base.prefix, base.part)
+    _written(arguments, lambda target: _finish(unmerge(model.path, target, model.prefix, model.part, stack, origin)))
     how = "as the base has it" if base else "subtracted, up to rounding"
     return f"took out {', '.join(lora.entry.path.name for lora in stack)}, {how}: {arguments.output}"
 
@@ -225,23 +232,22 @@ def _finish(steps: Iterator[tuple[int, int]]) -> object:
 
 
 def _convert(arguments: argparse.Namespace) -> str:
-    return convert(_model(arguments), _entry(arguments), arguments.output, arguments.to)
+    return _written(arguments, lambda target: convert(_model(arguments), _entry(arguments), target, arguments.to))
 
 
 def _resize(arguments: argparse.Namespace) -> str:
-    return resize_lora(_model(arguments), _entry(arguments), arguments.output, arguments.rank)
+    return _written(arguments, lambda target: resize_lora(_model(arguments), _entry(arguments), target, arguments.rank))
 
 
 def _extract(arguments: argparse.Namespace) -> str:
     models = (OpenedModel.open(path) for path in (arguments.dit, arguments.tuned))
-    return str(_finish(extract(*models, arguments.output, arguments.rank)))
+    return _written(arguments, lambda target: _finish(extract(*models, target, arguments.rank)))
 
 
 def _ema(arguments: argparse.Namespace) -> str:
     beta2 = arguments.beta if arguments.beta2 is None else arguments.beta2
-    return average(
-        arguments.lora, arguments.output, Profile(sigma_rel=arguments.sigma_rel, beta=arguments.beta, beta2=beta2)
-    )
+    profile = Profile(sigma_rel=arguments.sigma_rel, beta=arguments.beta, beta2=beta2)
+    return _written(arguments, lambda target: average(arguments.lora, target, profile))
 
 
 def _blend(arguments: argparse.Namespace) -> str:
@@ -250,10 +256,11 @@ def _blend(arguments: argparse.Namespace) -> str:
     if len(arguments.output) != len(loras):
         raise ValueError(f"{len(loras)} LoRAs are blended into {len(arguments.output)} files: give an output for each.")
     if arguments.compatible:
-        return blend_compatibly(loras, arguments.output, how)
+        return written_once(arguments.output, lambda targets: blend_compatibly(loras, targets, how))
     if arguments.dit is None:
         raise ValueError("--dit is missing: the model that the LoRAs are for.")
-    return blend_loras(OpenedModel.open(arguments.dit), loras, arguments.output, how)
+    model = OpenedModel.open(arguments.dit)
+    return written_once(arguments.output, lambda targets: blend_loras(model, loras, targets, how))
 
 
 def _inspect(arguments: argparse.Namespace) -> str:
@@ -265,6 +272,6 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
 
 def _interference(arguments: argparse.Namespace) -> str:
-    groups = {"these": arguments.runs} | ({"plain": arguments.plain} if arguments.plain else {})
+    groups = [("these", arguments.runs)] + ([("plain", arguments.plain)] if arguments.plain else [])
     device = torch.device(arguments.device) if arguments.device else best_device()
-    return interference.report(groups, arguments.output, device, f"python core {' '.join(arguments.words)}")
+    return interference.report(groups, arguments.output, device, f"python core {shlex.join(arguments.words)}")

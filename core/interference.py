@@ -11,7 +11,7 @@ what earlier ones have changed. So both are measured.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -75,10 +75,19 @@ class Interference:
     def mean_retention(self, sets: Sequence[tuple[int, ...]]) -> float:
         return fmean(self.retention(index, members) for members in sets for index in members)
 
+    def gain(self, together: bool) -> float:
+        """The share of their losses that the LoRAs take away, each alone or all together, on average."""
+        on = {i: self.everything if together else (i,) for i in self.everything}
+        return fmean(1 - self.losses[i, on[i]] / self.losses[i, ()] for i in self.everything)
+
     @property
-    def gain(self) -> float:
-        """The share of the loss that a LoRA alone takes away, on average."""
-        return fmean(1 - self.losses[i, (i,)] / self.losses[i, ()] for i in self.everything)
+    def worst(self) -> float:
+        return min(self.retention(i, self.everything) for i in self.everything)
+
+    @property
+    def useless(self) -> list[str]:
+        """LoRAs that take nothing away alone: there is nothing to be retained."""
+        return [self.names[i] for i in self.everything if self.losses[i, (i,)] >= self.losses[i, ()]]
 
 
 def subjects(runs: Sequence[Run]) -> tuple[nn.Module, list[Subject]]:
@@ -128,6 +137,10 @@ def measure(title: str, dit: nn.Module, group: Sequence[Subject], device: torch.
             velocities[members] = torch.cat(
                 [_velocity(dit, batch, device) for one in group for batch in one.held_out[:2]]
             )
+    for i, one in enumerate(group):
+        require(
+            losses[i, (i,)] != losses[i, ()], f"{one.name} changes nothing of its own held-out loss: train it first."
+        )
     plain = velocities[()]
     changes = {i: velocities[i,] - plain for i in everything}
     additivity = {
@@ -148,15 +161,27 @@ def _velocity(dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
 
 
 def table(found: Sequence[Interference]) -> str:
-    """In Markdown: a line per group, then each LoRA's retention."""
-    lines = ["| LoRAs | values in a file | loss taken away alone | retention in pairs | all together | worst of all | additivity, all |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    """In Markdown: a line per title, with the spread of groups that share it, then each LoRA's retention in its first group."""
+    lines = ["| LoRAs | values in a file | loss taken away, alone | loss taken away, all on | retention, in pairs | retention, all on | worst retention, all on | additivity, all on |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    titled = _titled(found)
+    for title, groups in titled.items():
+        cells = [
+            _spread("{:.1%}", [one.gain(together=False) for one in groups]),
+            _spread("{:.1%}", [one.gain(together=True) for one in groups]),
+            _spread("{:.2f}", [one.mean_retention(one.pairs) for one in groups]),
+            _spread("{:.2f}", [one.mean_retention([one.everything]) for one in groups]),
+            _spread("{:.2f}", [one.worst for one in groups]),
+            _spread("{:.2f}", [one.additivity[one.everything] for one in groups]),
+        ]
+        lines.append(f"| {title} | {round(fmean(groups[0].parameters)):,} | {' | '.join(cells)} |")
     for one in found:
-        whole = one.everything
-        worst = min(one.retention(i, whole) for i in whole)
-        lines.append(f"| {one.title} | {round(fmean(one.parameters)):,} | {one.gain:.1%} | {one.mean_retention(one.pairs):.3f} | "
-                     f"{one.mean_retention([whole]):.3f} | {worst:.3f} | {one.additivity[whole]:.3f} |")  # fmt: skip
-    for one in found:
+        if one.useless:
+            lines += [
+                "",
+                f"{', '.join(one.useless)} ({one.title}) took nothing away alone: retention says nothing of it.",
+            ]
+    for one, *_ in titled.values():
         lines += ["", f"**{one.title}**: held-out loss, and retention beside each other LoRA and beside all", "",
                   "| LoRA | without | alone | " + " | ".join(f"with {name}" for name in one.names) + " | with all |",
                   "|---" * (len(one.names) + 4) + "|"]  # fmt: skip
@@ -167,16 +192,30 @@ def table(found: Sequence[Interference]) -> str:
     return "\n".join(lines)
 
 
+def _titled(found: Sequence[Interference]) -> dict[str, list[Interference]]:
+    titled: dict[str, list[Interference]] = {}
+    for one in found:
+        titled.setdefault(one.title, []).append(one)
+    return titled
+
+
+def _spread(form: str, values: Sequence[float]) -> str:
+    """The mean, and from where to where several values lie."""
+    mean = form.format(fmean(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
 def picture(found: Sequence[Interference]) -> Image.Image:
-    """Each LoRA's retention alone (1), in its pairs and beside all others, a column of marks per group."""
-    width, height, left, top, bottom = 220 * len(found) + 140, 460, 90, 70, 380
+    """Each LoRA's retention alone (1), in its pairs and beside all others, three columns of marks per title."""
+    titled = _titled(found)
+    width, height, left, top, bottom = 220 * len(titled) + 140, 460, 90, 70, 380
     image = Image.new("RGB", (width * _SCALE, height * _SCALE), _PAPER)
     draw = ImageDraw.Draw(image)
 
     def text(x: float, y: float, words: str, size: int, colour: tuple, anchor: str = "la") -> None:
         draw.text((x * _SCALE, y * _SCALE), words, colour, ImageFont.load_default(size * _SCALE), anchor=anchor)
 
-    values = [list(_retentions(one)) for one in found]
+    values = [_retentions(groups) for groups in titled.values()]
     lowest = min(0.0, min(value for group in values for column in group for value in column))
     highest = max(1.05, max(value for group in values for column in group for value in column))
     y = lambda value: bottom - (bottom - top) * (value - lowest) / (highest - lowest)  # noqa: E731
@@ -187,7 +226,7 @@ def picture(found: Sequence[Interference]) -> Image.Image:
                 [(left * _SCALE, y(tick / 4) * _SCALE), ((width - 30) * _SCALE, y(tick / 4) * _SCALE)], _GRID, _SCALE
             )
             text(left - 10, y(tick / 4), f"{tick / 4:g}", 13, _FAINT, "rm")
-    for index, (one, columns) in enumerate(zip(found, values, strict=True)):
+    for index, (title, columns) in enumerate(zip(titled, values, strict=True)):
         start, colour = left + 40 + 220 * index, _COLOURS[index % len(_COLOURS)]
         for place, (name, column) in enumerate(zip(("alone", "in pairs", "all"), columns, strict=True)):
             x = start + 60 * place
@@ -197,14 +236,13 @@ def picture(found: Sequence[Interference]) -> Image.Image:
             mean = y(fmean(column)) * _SCALE
             draw.line([((x - 16) * _SCALE, mean), ((x + 16) * _SCALE, mean)], colour, 3 * _SCALE)
             text(x, bottom + 10, name, 12, _FAINT, "ma")
-        text(start + 60, bottom + 36, one.title, 13, colour, "ma")
+        text(start + 60, bottom + 36, title, 13, colour, "ma")
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _retentions(one: Interference) -> Iterator[list[float]]:
-    yield [1.0 for _ in one.names]
-    yield [one.retention(i, pair) for pair in one.pairs for i in pair]
-    yield [one.retention(i, one.everything) for i in one.everything]
+def _retentions(groups: Sequence[Interference]) -> list[list[float]]:
+    sets = [lambda one: [(i,) for i in one.everything], lambda one: one.pairs, lambda one: [one.everything]]
+    return [[one.retention(i, members) for one in groups for members in of(one) for i in members] for of in sets]
 
 
 def write(found: Sequence[Interference], target: Path, command: str, notes: str = "") -> None:
@@ -216,9 +254,10 @@ def write(found: Sequence[Interference], target: Path, command: str, notes: str 
 
 Made by `{command}`.
 
-*Retention*: of what a LoRA alone takes away from the loss on clips it was not trained on, the share that is left when others are on
-too; 1 is all of it, and above 1 the others help, where clips have something in common. *Additivity*: how far the change of the velocity by all of them is from the sum of their own changes; 0 is not
-at all.
+*Loss taken away*: the share of the loss on clips that a LoRA was not trained on by which it is lower with the LoRA on alone, and with
+all on. *Retention*: how much of the former is left when others are on too; 1 is all of it, and above 1 the others help, where clips
+have something in common. *Additivity*: how far the change of the velocity by all of them is from the sum of their own changes; 0 is
+not at all.
 
 ![Retention]({drawn.name})
 
@@ -226,22 +265,22 @@ at all.
 
 ## What disjoint LORAIDs give, and what they do not
 
-They share no parameter. So they merge in any order to the same bytes, each weight is rounded once, and any of them comes out of the
-merge again without touching the others. That is exact, and tested.
+They give: no parameter is shared. So they merge in any order to the same bytes, each weight is rounded once, and any of them comes out
+of the merge again without touching the others. That is exact, and tested.
 
-It does not follow that they do not disturb each other: a later layer sees what an earlier one has changed. How much that costs is in
-the table, for these models and these clips; measure it on yours.
+They do not give: effects that are independent. A later layer sees what an earlier one has changed, whoever owns it, so retention may
+be far from 1 and additivity far from 0. How much that costs is in the table, for these models and these clips; measure it on yours.
 
 {notes}"""
     target.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def report(
-    folders: Mapping[str, Sequence[Path]], target: Path, device: torch.device, command: str, notes: str = ""
+    groups: Sequence[tuple[str, Sequence[Path]]], target: Path, device: torch.device, command: str, notes: str = ""
 ) -> str:
-    """Measure groups of trainings (title -> run folders) and write the report; its table."""
+    """Measure groups of trainings (title, run folders) and write the report; its table. Groups of one title are repetitions."""
     found = []
-    for title, paths in folders.items():
+    for title, paths in groups:
         dit, group = subjects([Run(path) for path in paths])
         found.append(measure(title, dit, group, device))
     write(found, target, command, notes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..core.io.files import written_once
 from ..core.lora.combine import METHODS, Combination
 from ..core.lora.merge import is_merged, merge, unmerge
 from ..core.lora.patterns import check_patterns
@@ -165,6 +166,10 @@ class MergeLoRA(io.ComfyNode):
             )
         target = paths.output_file("diffusion_models", name)
         if not is_merged(dit.path, target, dit.prefix, dit.part, stack, how):
+            if target.exists():
+                raise ValueError(
+                    f"{target} exists already and is something else. Choose another name, or delete it first."
+                )
             _check_space(dit.path, target)
             _show(merge(dit.path, target, dit.prefix, dit.part, stack, how), cls.hidden.unique_id)
         text = f"{target}\n{report(stack)}"
@@ -211,15 +216,17 @@ class UnmergeLoRA(io.ComfyNode):
         target = paths.output_file("diffusion_models", name)
         _check_space(dit.path, target)
         origin = base and (base.path, base.prefix, base.part)
-        _show(unmerge(dit.path, target, dit.prefix, dit.part, stack, origin), cls.hidden.unique_id)
-        text = f"{target}\n{report(stack)}"
+
+        def make(targets: Sequence[Path]) -> str:
+            _show(unmerge(dit.path, targets[0], dit.prefix, dit.part, stack, origin), cls.hidden.unique_id)
+            return f"{targets[0]}\n{report(stack)}"
+
+        text = written_once([target], make)
         say(text, cls.hidden.unique_id)
         return io.NodeOutput(str(target), ui={"videolora_merge": [{"path": str(target), "text": text}]})
 
 
 def _check_space(source: Path, target: Path) -> None:
-    if target.exists():
-        raise ValueError(f"{target} exists already and is something else. Choose another name, or delete it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(target.parent).free, sum(path.stat().st_size for path in shards(source))
     if free < needed:

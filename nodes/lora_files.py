@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.io.files import written_once
 from ..core.lora import blend, ema, inspection, workbench
 from ..core.lora.files import DIALECTS
 from ..core.lora.stack import StackEntry
@@ -31,19 +30,6 @@ def _lora_input() -> io.Combo.Input:
                           tooltip="A file in ComfyUI's models/loras or output/loras, in any dialect.")  # fmt: skip
 
 
-def _written(name: str, make: Callable[[Path], str]) -> tuple[Path, str]:
-    """The file of this name that `make` writes, and its report. One that is there already must be the same."""
-    target = paths.output_file("loras", name)
-    if not target.exists():
-        return target, make(target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        again = Path(folder) / target.name
-        text = make(again)
-        if not filecmp.cmp(again, target, shallow=False):
-            raise ValueError(f"{target} exists already and is something else. Choose another name, or delete it first.")
-        return target, text.replace(str(again), str(target))
-
-
 class _FileNode(io.ComfyNode):
     """What nodes that read one LoRA and write another share."""
 
@@ -57,7 +43,8 @@ class _FileNode(io.ComfyNode):
 
     @classmethod
     def _done(cls, name: str, make: Callable[[Path], str]) -> io.NodeOutput:
-        target, text = _written(name, make)
+        target = paths.output_file("loras", name)
+        text = written_once([target], lambda targets: make(targets[0]))
         say(text, cls.hidden.unique_id)
         return io.NodeOutput((StackEntry(target),), text)
 
@@ -179,6 +166,10 @@ class PostHocEMA(_FileNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, lora: str = "", **_) -> list:
+        return paths.model_state("loras", lora, ema.siblings)
+
+    @classmethod
     def execute(cls, lora: str, sigma_rel: float, name: str, beta: float = ema.Profile.beta, beta2: float = ema.Profile.beta2,
                 loras: tuple[StackEntry, ...] = ()) -> io.NodeOutput:  # fmt: skip
         chosen = [entry.path for entry in loras] or [paths.model_path("loras", lora)]
@@ -227,13 +218,10 @@ class BlendLoRA(io.ComfyNode):
         how = blend.Blend(method=method, strength=strength, threshold=threshold)
         sources = [entry.path for entry in loras]
         targets = [paths.output_file("loras", f"{name}_{path.stem}") for path in sources]
-        for target in targets:
-            if target.exists():
-                raise ValueError(f"{target} exists already. Choose another name, or delete it first.")
         if compatible:
-            text = workbench.blend_compatibly(sources, targets, how)
+            text = written_once(targets, lambda made: workbench.blend_compatibly(sources, made, how))
         else:
-            text = workbench.blend_loras(dit, sources, targets, how)
+            text = written_once(targets, lambda made: workbench.blend_loras(dit, sources, made, how))
         say(text, cls.hidden.unique_id)
         made = (StackEntry(target, entry.multiplier) for target, entry in zip(targets, loras, strict=True))
         return io.NodeOutput(tuple(made), text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import folder_paths
@@ -108,10 +109,11 @@ def shown(path: Path) -> dict[str, str]:
     return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output"}
 
 
-def model_state(folder: str, name: str) -> list[list]:
-    """Changes when the file (or a shard of it) is replaced."""
+def model_state(folder: str, name: str, belonging: Callable[[Path], Iterable[Path]] = shards) -> list[list]:
+    """Changes when one of the files that belong to it is replaced, or another comes."""
     try:
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards(model_path(folder, name))]
+        files = belonging(model_path(folder, name))
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     except (ValueError, OSError):
         return []
 

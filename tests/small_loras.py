@@ -13,9 +13,10 @@ WAN_MATRICES = matrices_of({"blocks.0.self_attn.q": (16, 12), "blocks.0.cross_at
                           "blocks.1.ffn.2": (12, 24), "blocks.1.self_attn.o": (16, 16)})  # fmt: skip
 
 
-def dense(factors):
+def dense(factors, multiplier=1.0, weight=None):
+    """multiplier * delta as a matrix; of a DoRA on this weight."""
     band = torch.zeros(factors.shape, dtype=torch.float32)
-    factors.add_to(band, 0, 1.0)
+    factors.measured(lambda: [(0, weight)]).add_to(band, 0, multiplier, weight)
     return band
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import glob
 import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,30 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def written_once(targets: Sequence[Path], make: Callable[[Sequence[Path]], str]) -> str:
+    """Write files that may not replace others: `make` writes them and returns a report, which is returned.
+
+    Where one of them is there already all are made beside it, and it must be the same: doing something twice is no error.
+    """
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"{targets[0].name} would be written twice: the files must have different names.")
+    if not any(target.exists() for target in targets):
+        return make(targets)
+    with tempfile.TemporaryDirectory(dir=targets[0].parent, prefix=".") as folder:
+        again = [Path(folder, str(index), target.name) for index, target in enumerate(targets)]
+        text = make(again)
+        for made, target in zip(again, targets, strict=True):
+            if target.exists() and not filecmp.cmp(made, target, shallow=False):
+                raise ValueError(
+                    f"{target} exists already and is something else. Choose another name, or delete it first."
+                )
+        for made, target in zip(again, targets, strict=True):
+            if not target.exists():
+                shutil.move(made, target)
+            text = text.replace(str(made), str(target))
+    return text
 
 
 def _unwritable(path: Path, error: OSError) -> OSError:

@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata must be texts")
         tensors = {name: _tensor_info(entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} is not a safetensors file: its header cannot be read ({error}).") from error
     needed = max((info.stop for info in tensors.values()), default=8 + length)
     if size < needed:

@@ -3,7 +3,7 @@
     LoRA    delta = up down                                          arXiv 2106.09685
     LoHa    delta = (w1_a w1_b) * (w2_a w2_b), element by element    arXiv 2108.06098
     LoKr    delta = w1 (x) w2, Kronecker's product, w2 = w2_a w2_b   arXiv 2212.10650
-    DoRA    rows of W + delta of a given length; applied, not trained arXiv 2402.09353
+    DoRA    W + delta with rows, or columns, of given lengths; applied, not trained   arXiv 2402.09353
 
 None of them makes delta itself: each leads x through a few rank activations, which are all that autograd keeps, and the
 scale is applied where they are expanded and added to y in one pass. Legend: N inputs, M output rows, R rank.
@@ -258,9 +258,10 @@ def _kaiming(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
 
 
 class DoRA(nn.Module):
-    """y = (1 - m) W x + m g (W + delta) x, g the row's `magnitude` over the length of that row of W + delta.
+    """y = (1 - m) W x + m g (W + delta) x, g the row's `magnitude` (M, 1) over the length of that row of W + delta; with a
+    magnitude (1, N) y = (1 - m) W x + m (W + delta) (g x), g those of the columns.
 
-    W is that of the layer it is attached to, whose rows the magnitude (M,) and the inner adapter are for.
+    W is that of the layer it is attached to, all of whose rows the inner adapter is for.
     """
 
     def __init__(self, inner: Adapter, magnitude: Tensor, multiplier: float) -> None:
@@ -273,14 +274,27 @@ class DoRA(nn.Module):
     def attach(self, linear: Linear) -> None:
         self.linear = (linear,)
         weight = restored(linear.weight, linear.weight_scale, torch.float32).to(self.magnitude.device)
-        changed = self.inner(torch.eye(weight.shape[1], device=weight.device), weight.t().contiguous())
-        self.gain = self.magnitude / changed.norm(dim=0)
+        changed = self.inner(torch.eye(weight.shape[1], device=weight.device), weight.t().contiguous()).t()
+        self.over_columns = len(self.magnitude) == 1
+        self.gain = dora_gain(self.magnitude, changed.norm(dim=int(not self.over_columns), keepdim=True)).flatten()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        (linear,) = self.linear
-        plain = frozen_linear(x, linear.weight, linear.weight_scale, None)  # not y: others may have added to it
-        changed = self.inner(x, plain.clone()) * self.gain.to(x.dtype)
+        plain = self._frozen(x)  # not y: others may have added to it
+        if self.over_columns:
+            scaled = x * self.gain.to(x.dtype)
+            changed = self.inner(scaled, self._frozen(scaled))
+        else:
+            changed = self.inner(x, plain.clone()) * self.gain.to(x.dtype)
         return y + self.multiplier * (changed - plain)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        (linear,) = self.linear
+        return frozen_linear(x, linear.weight, linear.weight_scale, None)
+
+
+def dora_gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
+    """What rows or columns of these lengths are multiplied by to be as long as `magnitude`; one of zeros stays zero."""
+    return magnitude / (lengths + torch.finfo(torch.float32).eps)
 
 
 class Several(nn.Module):

@@ -128,7 +128,8 @@ def _scaled(lora: LoRAFile, name: str) -> LoRAFactors:
         raise ValueError(
             f"{lora.path.name}: '{name}' is a {factors.kind}; only LoRAs can be blended. Resize it to a LoRA first."
         )
-    return LoRAFactors(factors.down, factors.up * factors.scale, float(factors.rank))
+    whole = factors.to(torch.float32)
+    return LoRAFactors(whole.down, whole.up * whole.scale, float(whole.rank))
 
 
 def save(lora: LoRAFile, factors: Mapping[str, Factors], target: Path) -> None:

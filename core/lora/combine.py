@@ -6,7 +6,7 @@ A matrix that a single LoRA touches is never changed by the choice: LORAIDs merg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import torch
@@ -76,6 +76,7 @@ def adding(
     how: Combination, name: str, shares: Sequence[Share], weights: Callable[[], Iterable[tuple[int, Tensor]]]
 ) -> Adding:
     """The way to add the LoRAs on matrix `name`; `weights` gives all of its bands, (first row, float32)."""
+    shares = [replace(share, factors=share.factors.measured(weights)) for share in shares]
     if how.method == "sum" or len(shares) < 2:
         return lambda band, first, weight, touched: _add_all(shares, band, first, weight, touched)
     if how.method == "ties":

@@ -111,12 +111,12 @@ def average(paths: Sequence[Path], target: Path, profile: Profile) -> str:
     """
     require(len(paths) >= 2, f"an average takes two LoRAs or more, {', '.join(path.name for path in paths) or 'none'} was found: choose a file of a training "
             "that saved several.")  # fmt: skip
-    tensors, metadata = safetensors.load(paths[0])
+    tensors, metadata = _loaded(paths[0])
     mean = {name: value.float() for name, value in tensors.items()}
     dtypes = {name: value.dtype for name, value in tensors.items()}
     loraid = metadata.get("ss_loraid")
     for path, decay in zip(paths[1:], profile.decays(len(paths)), strict=True):
-        tensors, metadata = safetensors.load(path)
+        tensors, metadata = _loaded(path)
         _check_alike(paths[0], mean, path, tensors)
         require(metadata.get("ss_loraid") == loraid, f"{path.name} is LORAID {metadata.get('ss_loraid')} and {paths[0].name} is LORAID {loraid}: they are not of "
                 "one training.")  # fmt: skip
@@ -127,6 +127,16 @@ def average(paths: Sequence[Path], target: Path, profile: Profile) -> str:
     files.write(target, averaged, {**metadata, "videolora_ema": ", ".join(path.name for path in paths)})
     counted = zip(paths, profile.weights(len(paths)), strict=True)
     return "\n".join(f"{path.name}: {weight:.1%}" for path, weight in counted)
+
+
+def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, metadata = safetensors.load(path)
+    for name, value in tensors.items():
+        require(
+            bool(value.float().isfinite().all()),
+            f"{path.name}: '{name}' holds values that are not finite: leave this file out.",
+        )
+    return tensors, metadata
 
 
 def _check_alike(first: Path, expected: Mapping[str, Tensor], path: Path, found: Mapping[str, Tensor]) -> None:

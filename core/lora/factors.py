@@ -1,4 +1,5 @@
-"""What LoRA files hold of one matrix, in float32: the factors of its whole delta, with zero rows where nothing is trained.
+"""What LoRA files hold of one matrix: the factors of its whole delta, with zero rows where nothing is trained; in float32, or
+in the 16 bits a LoRA is stored in, which are computed with in float32.
 
 Each kind says which rows it touches, adds its delta to a band of rows, makes the adapter for its rows, and can be cut to
 rows, placed among rows of a larger matrix and written as a LoRA: all exactly.
@@ -8,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar
@@ -17,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, DoRA, LoHa, LoKr, LoRA, column_pairs, row_pairs
+from .adapter import Adapter, DoRA, LoHa, LoKr, LoRA, column_pairs, dora_gain, row_pairs
 from .loraid import Rows
 
 
@@ -50,6 +51,11 @@ class Factors(ABC):
     def touched(self) -> Rows:
         """The output rows [start, stop) outside of which the delta is zero: what it really changes."""
 
+    def measured(self, weights: Callable[[], Iterable[tuple[int, Tensor]]]) -> Factors:
+        """What `add_to` is called of; `weights` gives all bands of the model's matrix, (first row, float32), should the
+        delta of one depend on the others."""
+        return self
+
     @abstractmethod
     def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
         """Add multiplier * delta to rows `first` and on of the matrix, which `band` (rows, columns) holds. `weight` is what
@@ -76,7 +82,7 @@ class Factors(ABC):
         """The factors by their roles, see `files.py`."""
 
     def to(self, dtype: torch.dtype) -> Factors:
-        """Rounded to the precision of a file."""
+        """In the precision of a file, or in that of computing."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return type(self)(**{name: v.to(dtype) if isinstance(v, Tensor) else v for name, v in values.items()})
 
@@ -124,7 +130,8 @@ class LoRAFactors(Factors):
         return _hull(self.up.ne(0).any(dim=1))
 
     def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
-        band.addmm_(self.up[first : first + len(band)], self.down, alpha=self.scale * multiplier)
+        up, down = self.up[first : first + len(band)].float(), self.down.float()
+        band.addmm_(up, down, alpha=self.scale * multiplier)
 
     def adapter(self, rows: Rows, multiplier: float = 1.0) -> LoRA:
         return LoRA(self.down, self.up[slice(*rows)], self.scale * multiplier, rows)
@@ -284,14 +291,22 @@ class LoKrFactors(Factors):
 
 @dataclass(frozen=True)
 class DoRAFactors(Factors):
-    """A DoRA (arXiv 2402.09353): with delta of `inner`, each row of W + delta is given the length `magnitude` (rows,).
+    """A DoRA (arXiv 2402.09353): with delta of `inner`, each row of W + delta is given the length `magnitude` (rows, 1), or
+    each column that of (1, columns). A multiplier leads from W on a straight line to that.
 
-    A multiplier leads from W on a straight line to that, as the usual loaders have it.
+    Over columns, which LyCORIS and OneTrainer write unless told otherwise, that is what ComfyUI's loader computes. Over rows
+    (PEFT, and LyCORIS and OneTrainer on demand) it is what these trained; ComfyUI 0.30 divides by the length of W's rows
+    there, not by that of W + delta's, and shows another strength than was trained.
     """
 
     kind = "dora"
     inner: Factors
     magnitude: Tensor
+    lengths: Tensor | None = None  # (1, columns) of the columns of W + delta, where they have been measured
+
+    @property
+    def over_columns(self) -> bool:
+        return self.magnitude.shape[1] > 1
 
     @property
     def alpha(self) -> float:
@@ -316,24 +331,39 @@ class DoRAFactors(Factors):
     @cached_property
     def touched(self) -> Rows:
         """All rows: even where delta is zero the length may be another one."""
-        return 0, len(self.magnitude)
+        return 0, self.shape[0]
+
+    def measured(self, weights: Callable[[], Iterable[tuple[int, Tensor]]]) -> DoRAFactors:
+        if not self.over_columns:
+            return self
+        squares = sum(self._changed(first, weight).square_().sum(0, keepdim=True) for first, weight in weights())
+        return replace(self, lengths=squares.sqrt())
+
+    def _changed(self, first: int, weight: Tensor) -> Tensor:
+        changed = weight.float().clone()
+        self.inner.add_to(changed, first, 1.0)
+        return changed
 
     def add_to(self, band: Tensor, first: int, multiplier: float, weight: Tensor | None = None) -> None:
-        weight = weight.float()
-        changed = weight.clone()
-        self.inner.add_to(changed, first, 1.0)
-        gain = self.magnitude[first : first + len(band), None] / changed.norm(dim=1, keepdim=True)
+        changed = self._changed(first, weight)
+        if self.over_columns:
+            gain = dora_gain(self.magnitude, self.lengths)
+        else:
+            gain = dora_gain(self.magnitude[first : first + len(band)], changed.norm(dim=1, keepdim=True))
         band.add_(changed.mul_(gain).sub_(weight), alpha=multiplier)
 
     def adapter(self, rows: Rows, multiplier: float = 1.0) -> DoRA:
-        return DoRA(self.inner.adapter(rows), self.magnitude[slice(*rows)], multiplier)
+        """Of all rows: a DoRA touches no fewer."""
+        return DoRA(self.inner.adapter(rows), self.magnitude, multiplier)
 
     def cut(self, rows: Rows) -> DoRAFactors:
+        if self.over_columns:
+            raise ValueError("a DoRA over columns cannot be divided: their length is that of all rows together.")
         return DoRAFactors(self.inner.cut(rows), self.magnitude[slice(*rows)])
 
     def placed(self, start: int, length: int) -> Factors:
         raise ValueError(
-            "a DoRA of some rows of a fused matrix cannot be applied: the length of the other rows is unknown."
+            "a DoRA of some rows of a fused matrix cannot be applied: the length of the others is unknown."
         )
 
     def as_lora(self) -> LoRAFactors:
@@ -342,7 +372,7 @@ class DoRAFactors(Factors):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self.inner.tensors(), "dora_scale": self.magnitude[:, None]}
+        return {**self.inner.tensors(), "dora_scale": self.magnitude}
 
     def to(self, dtype: torch.dtype) -> DoRAFactors:
         return DoRAFactors(self.inner.to(dtype), self.magnitude.to(dtype))

@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,9 +144,12 @@ def read(path: Path, matrices: Iterable[Matrix], title: str, names: LoRANames | 
     wanted = chosen(parts, include, exclude, list(by_name))
     if not wanted:
         raise ValueError(f"{path.name}: include and exclude leave none of its {len(parts)} matrices: widen them.")
-    factors = {name: summed(parts[name]) for name in by_name if name in set(wanted)}
-    floating = [value.dtype for value in tensors.values() if value.is_floating_point() and value.ndim == 2]
-    dtype = reduce(torch.promote_types, floating)
+    factors = {name: _joined(parts[name]) for name in by_name if name in set(wanted)}
+    stored = {
+        value.dtype for found in modules.values() for role, value in found.items() if role not in ("alpha", "dora")
+    }
+    dtype = stored.pop() if len(stored) == 1 else torch.float32
+    dtype = dtype if dtype.is_floating_point else torch.float32
     return LoRAFile(
         path,
         metadata,
@@ -157,6 +160,10 @@ def read(path: Path, matrices: Iterable[Matrix], title: str, names: LoRANames | 
         dtype,
         names,
     )
+
+
+def _joined(parts: Sequence[Factors]) -> Factors:
+    return parts[0] if len(parts) == 1 else summed([part.to(torch.float32) for part in parts])
 
 
 def _refuse_other_kinds(path: Path, keys: Iterable[str]) -> None:
@@ -187,17 +194,15 @@ def _dialect(key: str, prefix_title: str, naming: str) -> str:
 
 def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str, Mapping[str, Tensor]], float | None]:
     """(module, its tensors) -> alpha: from a tensor, or from PEFT's settings in the metadata or in the file beside."""
-    settings = {}
-    if _ADAPTER_METADATA in metadata:
-        settings = {
-            key.removeprefix("transformer."): value for key, value in json.loads(metadata[_ADAPTER_METADATA]).items()
-        }
-    elif path.name.startswith("adapter_model") and (beside := path.with_name("adapter_config.json")).is_file():
-        settings = read_json(beside)
+    settings = _peft_settings_of(path, metadata)
     alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
 
     def of(stem: str, found: Mapping[str, Tensor]) -> float | None:
         if "alpha" in found:
+            if found["alpha"].numel() != 1:
+                raise ValueError(
+                    f"{path.name}: '{stem}' has {found['alpha'].numel()} alphas: the file is damaged, get it again."
+                )
             return float(found["alpha"])
         value = next((value for name, value in patterns.items() if stem == name or stem.endswith("." + name)), alpha)
         if value is None or "down" not in found:
@@ -207,33 +212,58 @@ def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str, 
     return of
 
 
+def _peft_settings_of(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """PEFT's settings with the names that it gives them, or nothing. Raises ValueError for what cannot be any."""
+    settings: Any = {}
+    try:
+        if _ADAPTER_METADATA in metadata:
+            settings = json.loads(metadata[_ADAPTER_METADATA])
+            settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+        elif path.name.startswith("adapter_model") and (beside := path.with_name("adapter_config.json")).is_file():
+            settings = read_json(beside)
+        alphas = [settings.get("lora_alpha"), *(settings.get("alpha_pattern") or {}).values()]
+        if not all(alpha is None or math.isfinite(alpha) for alpha in alphas):
+            raise ValueError("an alpha is not finite")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: PEFT's settings of it cannot be read ({error}): get the file again.") from error
+    return settings
+
+
 def _factors(path: Path, name: str, found: Mapping[str, Tensor], alpha: float | None) -> Factors:
-    parts = {role: value.float() for role, value in found.items() if role not in ("alpha", "dora")}
+    parts = {role: _kept(value) for role, value in found.items() if role not in ("alpha", "dora")}
     for value in parts.values():
         if value.ndim != 2:
             raise ValueError(f"{path.name}: '{name}' has factors of {value.ndim} dimensions, a matrix's have 2: this is a "
                              "LoRA for convolutions, which this model has none of.")  # fmt: skip
+    if not all(value.isfinite().all() for value in parts.values()) or not math.isfinite(alpha or 0.0):
+        raise ValueError(f"{path.name}: '{name}' holds values that are not finite: its training went wrong, use an earlier "
+                         "file of it.")  # fmt: skip
     for roles, make in _KINDS:
         if parts and parts.keys() == roles:
             factors = make(parts, alpha)
             break
     else:
         raise ValueError(f"{path.name}: '{name}' has only {' and '.join(found)}: the file is damaged, get it again.")
-    if not all(a.shape[1] == b.shape[0] for a, b in factors.products):
+    if not all(a.shape[1] == b.shape[0] > 0 for a, b in factors.products):
         raise ValueError(
             f"{path.name}: the factors of '{name}' do not fit each other: the file is damaged, get it again."
         )
     return factors if "dora" not in found else _dora(path, name, factors, found["dora"].float())
 
 
+def _kept(value: Tensor) -> Tensor:
+    """As it is stored where it can be computed with: a LoRA of a large model is 600 MB in 16 bits."""
+    return value if value.dtype in (torch.bfloat16, torch.float16) else value.float()
+
+
 def _dora(path: Path, name: str, inner: Factors, magnitude: Tensor) -> DoRAFactors:
     rows, columns = inner.shape
-    if magnitude.shape not in ((rows,), (rows, 1)):
+    if magnitude.shape not in ((rows,), (rows, 1), (1, columns)) or not magnitude.isfinite().all():
         raise ValueError(
-            f"{path.name}: '{name}' is a DoRA with lengths of shape {tuple(magnitude.shape)} for a matrix of {rows} x {columns}: "
-            "only lengths of output rows can be applied. Merge it with the tool that made it."
+            f"{path.name}: '{name}' is a DoRA with lengths of shape {tuple(magnitude.shape)} for a matrix of {rows} x {columns}, "
+            "which has a length for each row or for each column: the file is damaged, get it again."
         )
-    return DoRAFactors(inner, magnitude.flatten())
+    return DoRAFactors(inner, magnitude if magnitude.shape == (1, columns) else magnitude.reshape(rows, 1))
 
 
 def _placed(path: Path, whole: Factors, place: Placed, matrix: Matrix) -> Factors:
@@ -258,12 +288,13 @@ def _lora(parts: Mapping[str, Tensor], alpha: float | None) -> LoRAFactors:
 
 
 def _loha(parts: Mapping[str, Tensor], alpha: float | None) -> LoHaFactors:
-    factors = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    factors = (parts[f"hada_{name}"].float() for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     return LoHaFactors(*factors, _or_rank(alpha, parts["hada_w1_b"]))
 
 
 def _lokr(parts: Mapping[str, Tensor], alpha: float | None) -> LoKrFactors:
     """alpha counts where a factor is divided; with both divided, w2's rank is the one it is divided by."""
+    parts = {role: value.float() for role, value in parts.items()}
     w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
     if "lokr_w2" not in parts:
         return LoKrFactors(w1, parts["lokr_w2_a"], parts["lokr_w2_b"], _or_rank(alpha, parts["lokr_w2_b"]))

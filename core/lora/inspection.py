@@ -15,7 +15,6 @@ from . import loraid
 from .factors import Factors, LoRAFactors
 from .files import LoRAFile
 from .inventory import Matrix, blocks_of
-from .loraid import Loraid
 
 _MOST_RANK = 512  # larger factors are not compared: their angles would take minutes
 _SCALE = 2  # drawn larger, then reduced: that smooths the edges
@@ -86,13 +85,13 @@ def _overlap(a: int, b: int, one: LoRAFile, other: LoRAFile, columns: dict[str, 
     inner = norm_a = norm_b = 0.0
     best, closest = -1.0, ""
     for name in names:
-        x, y = one.factors[name].as_lora(), other.factors[name].as_lora()
+        x, y = (f.factors[name].as_lora().to(torch.float32) for f in (one, other))
         xy, xx, yy = _inner(x, y), _inner(x, x), _inner(y, y)
         inner, norm_a, norm_b = inner + xy, norm_a + xx, norm_b + yy
         if xx and yy and abs(xy) / math.sqrt(xx * yy) > best:
             best, closest = abs(xy) / math.sqrt(xx * yy), name
     cosine = inner / math.sqrt(norm_a * norm_b) if norm_a and norm_b else 0.0
-    x, y = one.factors[closest].as_lora(), other.factors[closest].as_lora()
+    x, y = (f.factors[closest].as_lora().to(torch.float32) for f in (one, other))
     return Overlap(a, b, names, sum(shared.values()), cosine, closest, principal_angle(x.up, y.up),
                    principal_angle(x.down.t(), y.down.t()))  # fmt: skip
 
@@ -167,29 +166,24 @@ def _free(found: Inspection) -> list[str]:
     declared = {loraid.from_metadata(lora.metadata) for lora in found.loras} - {None}
     lines = []
     for unit, units_per_id in sorted({(one.unit, one.units_per_id) for one in declared}):
-        free = free_loraids(found, unit, units_per_id)
-        lines.append(f"free LORAIDs by {unit}, {units_per_id} each: {_runs(free) or 'none'}")
+        shares = list(loraid.allocations(found.matrices, unit, units_per_id))
+        sizes = [share.parameters for share in shares]
+        lines.append(f"free LORAIDs by {unit}, {units_per_id} each: {_runs(_free_of(shares, found)) or 'none'}; there are {len(shares)}, "
+                     f"which own {min(sizes):,} to {max(sizes):,} parameters of the model")  # fmt: skip
     return lines
 
 
-def free_loraids(found: Inspection, unit: str, units_per_id: int) -> list[int]:
-    """The LORAIDs of this division that share no parameter with any of the files."""
+def _free_of(shares: Sequence[loraid.Allocation], found: Inspection) -> list[int]:
+    """The LORAIDs that share no parameter with any of the files."""
     taken: dict[str, list[loraid.Rows]] = {}
     for lora in found.loras:
         for name, factors in lora.factors.items():
             taken.setdefault(name, []).append(factors.touched)
-    free, number = [], 1
-    while True:
-        try:
-            share = loraid.allocate(found.matrices, Loraid(number=number, unit=unit, units_per_id=units_per_id))
-        except ValueError as error:
-            if "out of range" in str(error):
-                return free
-        else:
-            rows = share.rows.items()
-            if not any(max(a, c) < min(b, d) for name, (a, b) in rows for c, d in taken.get(name, ())):
-                free.append(number)
-        number += 1
+    return [
+        share.loraid.number
+        for share in shares
+        if not any(max(a, c) < min(b, d) for name, (a, b) in share.rows.items() for c, d in taken.get(name, ()))
+    ]
 
 
 def _runs(numbers: Iterable[int]) -> str:

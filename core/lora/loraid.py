@@ -7,7 +7,8 @@ change under a number that somebody has trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -123,6 +124,13 @@ def allocate(matrices: Sequence[Matrix], loraid: Loraid) -> Allocation:
     columns = {matrix.name: matrix.columns for matrix in matrices}
     parameters = sum((stop - start) * columns[name] for name, (start, stop) in rows.items())
     return Allocation(loraid, first, last, total, rows, parameters)
+
+
+def allocations(matrices: Sequence[Matrix], unit: str, units_per_id: int) -> Iterator[Allocation]:
+    """Those of all LORAIDs of this division that own something."""
+    for number in range(1, -(-_DIVIDE[unit](matrices).total // units_per_id) + 1):
+        with suppress(ValueError):
+            yield allocate(matrices, Loraid(number=number, unit=unit, units_per_id=units_per_id))
 
 
 Unit = list[tuple[str, Rows]]

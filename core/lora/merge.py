@@ -185,11 +185,30 @@ def _provenance(source: Source, stack: Sequence[LoadedLoRA], how: Combination) -
         }
         for lora in sorted(stack, key=lambda lora: (lora.number or 0, lora.entry.path.name))  # the order has no effect
     ]
-    earlier = json.loads(source.metadata.get(_PROVENANCE, "[]"))
     return [
-        *earlier,
+        *_history(source),
         {"base": source.path.name, "base_fingerprint": fingerprint(source.path), "loras": loras, **how.describe()},
     ]
+
+
+_MERGED = {"base": str, "base_fingerprint": str, "loras": list, "method": str}
+_LORA = {"file": str, "fingerprint": str, "multiplier": (int, float), "rows": dict}
+
+
+def _history(source: Source) -> list[dict[str, Any]]:
+    """What the file says was merged into it. Raises ValueError when that cannot be read."""
+    try:
+        history = json.loads(source.metadata.get(_PROVENANCE, "[]"))
+        for entry, fields in [(merged, _MERGED) for merged in history] + [
+            (lora, _LORA) for merged in history for lora in merged["loras"]
+        ]:
+            if not all(isinstance(entry[name], kind) for name, kind in fields.items()):
+                raise ValueError("an entry is of another kind")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source.path.name}: what it says was merged into it ({_PROVENANCE}) cannot be read ({error}): get the file again."
+        ) from error
+    return history
 
 
 def unmerge(
@@ -208,8 +227,10 @@ def unmerge(
     Raises ValueError when the file does not say that these were merged into it, and when others were merged into the same
     rows.
     """
+    if not stack:
+        raise ValueError("there is nothing to take out: every multiplier is 0.")
     checkpoint = Source(source, prefix, part)
-    history = json.loads(checkpoint.metadata.get(_PROVENANCE, "[]"))
+    history = _history(checkpoint)
     left, removed = _divided(checkpoint, history, stack)
     if base is None:
         _check_subtractable(checkpoint, history, stack)

@@ -46,7 +46,7 @@ def resized(file: LoRAFile, rank: int) -> Iterator[Approximation]:
 
 def _lowered(factors: Factors, rank: int) -> tuple[Factors, float, float]:
     start, stop = factors.touched
-    lora = factors.as_lora()
+    lora = factors.as_lora().to(torch.float32)
     if start == stop or lora.rank <= rank:
         norm = float((lora.up.t() @ lora.up * (lora.down @ lora.down.t())).sum()) * lora.scale**2
         return lora, 0.0, norm

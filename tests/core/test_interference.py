@@ -1,5 +1,7 @@
 """The interference report: its figures follow from losses and velocities of real trainings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import small_job
@@ -37,6 +39,16 @@ def test_alone_a_lora_keeps_everything_and_the_figures_follow_from_the_losses(ru
             "as the training itself validated"
         )
     assert 0 < found.additivity[0, 1] < 1
+    rows = interference.table([found, replace(found, additivity={(0, 1): 0.0})]).splitlines()
+    assert [row for row in rows if f" (0.00 to {found.additivity[0, 1]:.2f}) |" in row] == [rows[2]], "one title, twice"
+
+
+def test_a_lora_that_takes_nothing_away_alone_is_named():
+    losses = {(0, ()): 1.0, (0, (0,)): 1.1, (0, (0, 1)): 0.9, (1, ()): 1.0, (1, (1,)): 0.5, (1, (0, 1)): 0.6}
+    found = interference.Interference("two", ["idle", "busy"], [8, 8], losses, {(0, 1): 0.1})
+    assert found.useless == ["idle"] and found.retention(1, (0, 1)) == pytest.approx(0.8)
+    assert found.gain(together=False) == pytest.approx(0.2) and found.gain(together=True) == pytest.approx(0.25)
+    assert "idle (two) took nothing away alone" in interference.table([found])
 
 
 def test_a_lora_with_itself_is_not_additive_where_the_model_is_not_linear(runs):
@@ -64,4 +76,4 @@ def test_the_command_writes_a_table_and_a_picture(runs, tmp_path, capsys):
     picture = np.asarray(interference.Image.open(tmp_path / "report.png"))
     assert picture.std() > 10
     assert commands.run(["interference", folders[0]]) == 1
-    assert "two trainings or more" in capsys.readouterr().out
+    assert "two trainings or more" in capsys.readouterr().err

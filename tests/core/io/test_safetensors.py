@@ -110,6 +110,7 @@ def entry(**changes):
         b"garbage!",
         b'{"weight": ',
         b"\xff\xfe{}",
+        b"[" * 200_000,
         [1, 2],
         "weight",
         {"weight": 3},

@@ -1,9 +1,6 @@
 """Adapters of each kind: gradients, rows, dropout, norms, files, merging, going on from a file."""
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint as recomputed
 from videolora.core.families import FAMILIES, open_part
-from videolora.core.io import safetensors
 from videolora.core.io.files import fingerprint
 from videolora.core.lora import files
 from videolora.core.lora.adapter import KINDS, Dropout, Size, attached, reseed, row_groups
@@ -202,8 +198,7 @@ def velocity(dit):
         return dit(tensors["latents"], tensors["timestep"], **states)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 2), ("loha", 2), ("lokr", 2), ("lokr", 16)])  # 16: one full matrix
 @pytest.mark.parametrize("number", [None, 2])
 def test_a_file_gives_back_what_was_trained_attached_and_merged(kind, rank, number, tmp_path, checkpoint, matrices):
     path, settings = tmp_path / "lora.safetensors", NetworkSettings(kind=kind, rank=rank, alpha=0.3)
@@ -214,8 +209,6 @@ def test_a_file_gives_back_what_was_trained_attached_and_merged(kind, rank, numb
     assert {name: factors.touched for name, factors in stack[0].file.factors.items()} == rows
     dit = dit_of(checkpoint)
     plain = velocity(dit)
-    with attached(dit, made):
-        full = velocity(dit)
     for adapter in made.values():
         adapter.scale *= 0.5
     with attached(dit, made):
@@ -226,7 +219,7 @@ def test_a_file_gives_back_what_was_trained_attached_and_merged(kind, rank, numb
     _, part = open_part(checkpoint, "dit")
     assert list(merge(checkpoint, tmp_path / "merged.safetensors", "", part, stack))
     assert reference.relative_error(velocity(dit_of(tmp_path / "merged.safetensors")), expected) < 1e-5
-    assert reference.relative_error(full, plain) > 1e-3
+    assert reference.relative_error(expected, plain) > 1e-4
     assert (f" {kind}," in report(stack)) == (kind != "lora")
 
 
@@ -338,40 +331,3 @@ def test_lora_plus_gives_the_up_matrices_a_group_of_their_own():
     rest, up = parameter_groups(made, NetworkSettings(loraplus_lr_ratio=8.0))
     assert up["ratio"] == 8.0 and [id(p) for p in up["params"]] == [id(a.up) for a in made.values()]
     assert rest["ratio"] == 1.0 and [id(p) for p in rest["params"]] == [id(a.down) for a in made.values()]
-
-
-COMFYUI = """
-import json, sys
-folder, sys.argv = sys.argv[1], [sys.argv[0], "--cpu"]
-import comfy.options
-comfy.options.enable_args_parsing()
-import comfy.lora, torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-shapes = json.loads(Path(folder, "shapes.json").read_text())
-for path in Path(folder).glob("lo??.safetensors"):
-    lora = load_file(path)
-    patches = comfy.lora.load_lora(lora, {"lora_unet_" + name.replace(".", "_"): name for name in shapes})
-    used = {key for patch in patches.values() for key in patch.loaded_keys}
-    deltas = {name: patch.calculate_weight(torch.zeros(shapes[name]), name, 1.0, 1.0, None, lambda x: x)
-              for name, patch in patches.items()}
-    save_file(deltas, path.with_suffix(".deltas"), {"unused": json.dumps(sorted(lora.keys() - used))})
-"""
-
-
-def test_comfyuis_own_loader_uses_every_key_and_makes_the_same_deltas(tmp_path, checkpoint, matrices):
-    made = {}
-    for kind in KINDS:
-        settings = NetworkSettings(kind=kind, rank=3, alpha=2.0)
-        made[kind] = trained(checkpoint, matrices, tmp_path / f"{kind}.safetensors", settings, number=2)
-    (tmp_path / "shapes.json").write_text(json.dumps({m.name: [m.rows, m.columns] for m in matrices}))
-    command = [sys.executable, "-c", COMFYUI, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT / ".dev" / "ComfyUI", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for kind in KINDS:
-        deltas, metadata = safetensors.load(tmp_path / f"{kind}.deltas")
-        assert all(key.endswith(".alpha") for key in json.loads(metadata["unused"])), "it reads alphas on its own"
-        assert deltas.keys() == made[kind].keys()
-        for m in matrices:
-            expected = delta(made[kind][m.name], m.rows, m.columns).detach()
-            torch.testing.assert_close(deltas[m.name], expected, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from small_loras import WAN_MATRICES, dense, matrices_of, some_factors
 from videolora.core.families import FAMILIES
 from videolora.core.lora import files
 from videolora.core.lora.adapter import attached
-from videolora.core.lora.factors import summed
+from videolora.core.lora.factors import DoRAFactors, summed
 from videolora.core.lora.names import LoRANames, Named, Share
 from videolora.core.modules.layers import Linear
 
@@ -232,20 +232,22 @@ def _dora(path, m, magnitude, seed=1):
     return factors
 
 
+@pytest.mark.parametrize("over", ["rows", "columns"])
 @pytest.mark.parametrize("multiplier", [1.0, 0.4])
-def test_a_dora_gives_rows_their_length_merged_and_applied(multiplier, tmp_path):
+def test_a_dora_gives_rows_or_columns_their_length_merged_and_applied(multiplier, over, tmp_path):
     m = WAN_MATRICES[0]
     torch.manual_seed(0)
     linear = Linear(m.columns, m.rows).requires_grad_(False)
-    weight, magnitude = linear.weight.detach(), torch.rand(m.rows, 1) + 0.5
+    weight, magnitude = linear.weight.detach(), torch.rand((m.rows, 1) if over == "rows" else (1, m.columns)) + 0.5
     inner = _dora(tmp_path / "l.safetensors", m, magnitude)
     read = files.read(tmp_path / "l.safetensors", WAN_MATRICES, "").factors[m.name]
     direction = weight + dense(inner)
-    expected = weight + multiplier * (direction / direction.norm(dim=1, keepdim=True) * magnitude - weight)
-    band = weight.clone()
-    for first in (0, 7):  # in bands, as a merge does it
-        rows = slice(first, first + 9)
-        read.add_to(band[rows] if first else band[:7], first, multiplier, weight[rows] if first else weight[:7])
+    length = direction.norm(dim=1 if over == "rows" else 0, keepdim=True)
+    expected = weight + multiplier * (direction / length * magnitude - weight)
+    band, parts = weight.clone(), [(0, weight[:7]), (7, weight[7:])]
+    measured = read.measured(lambda: parts)
+    for first, part in parts:  # in bands, as a merge does it
+        measured.add_to(band[first : first + len(part)], first, multiplier, part)
     torch.testing.assert_close(band, expected)
     x = torch.randn(2, 5, m.columns)
     holder = torch.nn.ModuleDict({"linear": linear})
@@ -253,13 +255,21 @@ def test_a_dora_gives_rows_their_length_merged_and_applied(multiplier, tmp_path)
         torch.testing.assert_close(model["linear"](x), x @ expected.T + linear.bias)
     files.save(tmp_path / "again.safetensors", {m.name: read}, {}, "comfyui")
     again = files.read(tmp_path / "again.safetensors", WAN_MATRICES, "").factors[m.name]
-    assert torch.equal(again.magnitude, magnitude.flatten())
+    assert torch.equal(again.magnitude, magnitude)
 
 
-def test_a_dora_over_inputs_and_one_of_fused_rows_are_refused_by_name(tmp_path):
+def test_a_dora_leaves_rows_of_zeros_as_they_are(tmp_path):
     m = WAN_MATRICES[0]
-    _dora(tmp_path / "l.safetensors", m, torch.ones(1, m.columns))
-    with pytest.raises(ValueError, match="only lengths of output rows can be applied"):
+    _dora(tmp_path / "l.safetensors", m, torch.ones(m.rows, 1))
+    dora = files.read(tmp_path / "l.safetensors", WAN_MATRICES, "").factors[m.name]
+    weight = -dense(dora.inner)
+    assert torch.equal(weight + dense(dora, 1.0, weight), torch.zeros_like(weight))
+
+
+def test_a_dora_of_a_wrong_shape_and_one_of_fused_rows_are_refused_by_name(tmp_path):
+    m = WAN_MATRICES[0]
+    _dora(tmp_path / "l.safetensors", m, torch.ones(m.columns))
+    with pytest.raises(ValueError, match="a length for each row or for each column"):
         files.read(tmp_path / "l.safetensors", WAN_MATRICES, "")
     tensors = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.randn(2, 12),
                "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.randn(12, 2),
@@ -273,6 +283,31 @@ def test_a_dora_over_inputs_and_one_of_fused_rows_are_refused_by_name(tmp_path):
 def test_kinds_that_cannot_be_applied_are_refused_by_name(key, tmp_path):
     save_file({key: torch.ones(2, 2)}, tmp_path / "l.safetensors")
     with pytest.raises(ValueError, match=r"neither a LoRA nor a LoHa.*(OFT|Tucker)"):
+        files.read(tmp_path / "l.safetensors", WAN_MATRICES, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("lora_up.weight", torch.full((16, 4), torch.nan), "not finite"), ("alpha", torch.tensor(torch.inf), "not finite"),
+     ("alpha", torch.ones(2), "2 alphas"), ("lora_up.weight", torch.ones(16, 3), "do not fit each other"),
+     ("lora_up.weight", None, "has only alpha and down")],
+)  # fmt: skip
+def test_damaged_files_are_refused_with_the_matrix_that_is_damaged(key, value, message, tmp_path):
+    path = tmp_path / "l.safetensors"
+    files.save(path, some_factors(WAN_MATRICES[:1]), {})
+    changed = {**load_file(path), f"lora_unet_blocks_0_self_attn_q.{key}": value}
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+    with pytest.raises(ValueError, match=rf"l\.safetensors.*'blocks_0_self_attn_q'.*{message}"):
+        files.read(path, WAN_MATRICES, "")
+
+
+@pytest.mark.parametrize(
+    "settings", ["{", "[1]", '{"transformer.lora_alpha": "x"}', '{"transformer.alpha_pattern": {"a": NaN}}']
+)
+def test_peft_settings_that_cannot_be_read_are_an_error_that_names_the_file(settings, tmp_path):
+    files.save(tmp_path / "l.safetensors", some_factors(WAN_MATRICES), {}, "peft")
+    save_file(load_file(tmp_path / "l.safetensors"), tmp_path / "l.safetensors", {"lora_adapter_metadata": settings})
+    with pytest.raises(ValueError, match=r"l\.safetensors: PEFT's settings"):
         files.read(tmp_path / "l.safetensors", WAN_MATRICES, "")
 
 
@@ -312,10 +347,11 @@ for described in Path(folder).glob("*.json"):
         patches = comfy.lora.load_lora(lora, keys, log_missing=False)
         used = {key for patch in patches.values() for key in patch.loaded_keys}
         used |= {key for key in lora if key.endswith(".alpha") and key[:-6] in keys}
-        deltas = {}
+        deltas, weights = {}, load_file(described.with_suffix(".weights"))
         for name, patch in patches.items():
             short = name.removeprefix("diffusion_model.").removesuffix(".weight")
-            deltas[short] = patch.calculate_weight(torch.zeros(shapes[short]), name, 1.0, 1.0, None, lambda x: x)
+            weight = weights[short]
+            deltas[short] = patch.calculate_weight(weight.clone(), name, 0.7, 1.0, None, lambda x: x) - weight
         save_file(deltas, path.with_suffix(".deltas"), {"unused": json.dumps(sorted(lora.keys() - used))})
 """
 # Official name -> ComfyUI's, as in the checkpoints that ComfyUI takes.
@@ -351,7 +387,7 @@ def test_comfyuis_own_loader_uses_every_key_of_what_is_converted_for_it_and_make
         "hv": (_block("hunyuanvideo_dit_t2v_720p_official", ["double_blocks.0.", "single_blocks.39."], 64), FUSED),
         "hv15": (_block("hunyuanvideo15_dit_t2v_i2v_official", ["double_blocks.0.", "double_blocks.53."], 64), SPLIT),
     }  # fmt: skip
-    made, places = {}, {}
+    made, places, weights = {}, {}, {}
     for model, (matrices, names) in models.items():
         places[model] = _for_comfyui(matrices, split=model == "hv15")
         shapes = {}
@@ -359,8 +395,18 @@ def test_comfyuis_own_loader_uses_every_key_of_what_is_converted_for_it_and_make
             name, _ = places[model][m.name]
             shapes[name] = (m.rows + shapes.get(name, (0, 0))[0], m.columns)
         (tmp_path / f"{model}.json").write_text(json.dumps(shapes))
-        for kind in ("lora", "loha", "lokr"):
-            made[model, kind] = some_factors(matrices, kind=kind)
+        weights[model] = {
+            name: torch.linspace(-1, 1, rows * columns).view(rows, columns) for name, (rows, columns) in shapes.items()
+        }
+        save_file(weights[model], tmp_path / f"{model}.weights")
+        for kind in ("lora", "loha", "lokr", "dora"):
+            made[model, kind] = some_factors(matrices, kind="lora" if kind == "dora" else kind)
+            if kind == "dora":
+                if model == "hv15":
+                    continue  # ComfyUI has its matrices fused, and no length of some rows of a column is known
+                made[model, kind] = {
+                    m.name: DoRAFactors(made[model, kind][m.name], 1 + torch.rand(1, m.columns)) for m in matrices
+                }
             for dialect in ("comfyui", "training", "peft", "peft_folded"):
                 if (kind != "lora" and dialect.startswith("peft")) or (model != "wan" and dialect != "comfyui"):
                     continue
@@ -370,7 +416,7 @@ def test_comfyuis_own_loader_uses_every_key_of_what_is_converted_for_it_and_make
     )
     assert done.returncode == 0, done.stderr
     written = sorted(tmp_path.glob("*.deltas"))
-    assert len(written) == len(list(tmp_path.glob("*.safetensors"))) == 3 * 3 + 2 + 1 + 2
+    assert len(written) == len(list(tmp_path.glob("*.safetensors"))) == 3 * 3 + 2 + 1 + 2 + 3
     for path in written:
         model, kind, _ = path.stem.split("-")
         deltas = load_file(path)
@@ -378,4 +424,5 @@ def test_comfyuis_own_loader_uses_every_key_of_what_is_converted_for_it_and_make
             assert json.loads(file.metadata()["unused"]) == []
         for name, factors in made[model, kind].items():
             theirs, rows = places[model][name]
-            assert reference.relative_error(deltas[theirs][rows], dense(factors)) < 1e-5, (path.stem, name)
+            expected = dense(factors, 0.7, weights[model][theirs][rows])
+            assert reference.relative_error(deltas[theirs][rows], expected) < 1e-5, (path.stem, name)
