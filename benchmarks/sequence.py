@@ -30,8 +30,8 @@ hunyuan = pack.load("core.families.hunyuan_video.dit")
 SETTINGS = job.MemorySettings(mode="manual", precision="float32")
 
 
-def subject(args: argparse.Namespace, frames: int, side: int, device: torch.device):
-    """A training on one clip of so many frames."""
+def subject(args: argparse.Namespace, size: shapes.VideoSize, device: torch.device):
+    """A training on one clip of this size."""
     config = hunyuan.HunyuanVideoConfig(
         dim=args.dim, ffn_dim=4 * args.dim, double_depth=args.double, single_depth=args.single, refiner_depth=2,
         in_channels=16, out_channels=16, text_dim=4096, pooled_dim=768, freq_dim=256, guidance=True,
@@ -39,7 +39,7 @@ def subject(args: argparse.Namespace, frames: int, side: int, device: torch.devi
     with torch.device("meta"):
         sizes = {name: tuple(value.shape) for name, value in FAMILY.build_dit(config).state_dict().items()}
     matrices = inventory.inventory(FAMILY, sizes)
-    latents = FAMILY.latent.latents(shapes.VideoSize(frames, 544 // side, 960 // side))
+    latents = FAMILY.latent.latents(size)
     return planner.Subject(
         family=FAMILY, config=config, matrices=matrices, dtypes=dict.fromkeys(sizes, torch.float32),
         rows={matrix.name: (0, matrix.rows) for matrix in matrices}, network=job.NetworkSettings(), device=device,
@@ -68,8 +68,8 @@ def step(about) -> None:
 def measure(args: argparse.Namespace) -> None:
     """In a process of its own: tokens, the forecast and the peak."""
     device = devices.best_device()
-    step(subject(args, 1, 16, device))  # libraries load what they need
-    about = subject(args, args.frames[0], 1, device)
+    step(subject(args, shapes.VideoSize(1, 32, 32), device))  # libraries load what they need
+    about = subject(args, shapes.VideoSize(args.frames[0], 544, 960), device)
     plan = planner.predict(about, SETTINGS)
     gc.collect()
     if device.type == "cuda":

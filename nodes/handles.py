@@ -258,11 +258,13 @@ class VisionEncoderFile(ModelFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """How a transformer is run: `block_swap` of its blocks are streamed from main memory."""
+    """How a transformer is run: `block_swap` of its blocks are streamed from main memory; `batch_guidance` makes guidance's two
+    passes in one."""
 
     block_swap: int = 0
     attention: str = "sdpa"
     compile: bool = False
+    batch_guidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,8 @@ class DiTFile(ModelFile):
 
     def load(self, latents: torch.Tensor) -> torch.nn.Module:
         """The transformer on the compute device, without its LoRAs, for latents of this shape."""
-        tokens = self.family.latent.tokens(VideoSize(*latents.shape[2:])) * len(latents)
+        passes = 2 if self.running.batch_guidance else 1
+        tokens = self.family.latent.tokens(VideoSize(*latents.shape[2:])) * len(latents) * passes
         memory = tokens * self.part.width * _BYTES_PER_ACTIVATION
         if self.running.block_swap:
             return self.slot.stream(self._transformer, blocks_of(self.matrices), self.running.block_swap, memory)

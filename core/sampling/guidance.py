@@ -81,15 +81,19 @@ def _alternate(steps: int, ratio: float) -> str:
     return plan
 
 
-def guided(positive: Velocity, negative: Velocity | None, scale: float, skip: SkipLayers | None = None) -> Velocity:
+def guided(positive: Velocity, negative: Velocity | None, scale: float, skip: SkipLayers | None = None,
+           both: Callable[[Tensor, float], tuple[Tensor, Tensor]] | None = None) -> Velocity:  # fmt: skip
     """v = v_neg + scale * (v_pos - v_neg); one pass when there is nothing to guide away from. `skip` changes v_neg, or adds
-    skip.scale * (v_pos - v_without)."""
+    skip.scale * (v_pos - v_without). `both` gives v_pos and v_neg in one pass, where the same blocks make them."""
     if negative is None or scale == 1:
         return positive
 
     def velocity(latents: Tensor, time: float) -> Tensor:
-        away = negative(latents, time, skip.layers if skip and skip.mode == "uncond" else ())
-        toward = positive(latents, time)
+        if both is not None and not (skip and skip.mode == "uncond"):
+            toward, away = both(latents, time)
+        else:
+            away = negative(latents, time, skip.layers if skip and skip.mode == "uncond" else ())
+            toward = positive(latents, time)
         result = away + scale * (toward - away)
         if skip and skip.mode == "original":
             result = result + skip.scale * (toward - negative(latents, time, skip.layers))

@@ -31,12 +31,14 @@ def sample(
     seed: int,
     device: torch.device,
     strength: float = 1.0,
+    batched: bool = False,
 ) -> Iterator[Reached]:
     """Sample from noise; yields latents (B, C, F, H, W) in model space after each step, float32.
 
     Of `latents`, in model space, a `strength` of 1 takes nothing but the size. Below 1 they are noised as far as the last
     part of the steps needs that is as large as the strength, and only these are made; none of them is left at 0. `dit` has
-    its adapters attached, or is an ExpertPair; `guidance` is one for all steps, or a function of sigma.
+    its adapters attached, or is an ExpertPair; `guidance` is one for all steps, or a function of sigma. `batched` makes its two
+    passes in one: somewhat faster where the device has units and memory to spare.
     """
     first = schedule.steps - int(schedule.steps * strength)
     sigmas, times = schedule.sigmas[first:], schedule.times.tolist()
@@ -44,6 +46,7 @@ def sample(
     x = (noise if first == 0 else noised(latents.cpu(), noise, sigmas[:1])).to(device)
     plain = _velocity(dit, family, positive, x)
     away = _velocity(dit, family, negative, x) if negative is not None else None
+    both = _both_velocities(dit, family, positive, negative, x) if batched and negative is not None else None
     scale = guidance if callable(guidance) else lambda sigma: guidance
 
     @torch.no_grad()  # not inference mode: a training goes on with what is gathered or streamed here
@@ -51,7 +54,7 @@ def sample(
         step = first + index
         skip = schedule.skip_layers
         skip = skip if skip and skip.works_in(step, schedule.steps) else None
-        with_guidance = guided(plain, away, scale(times[step] / 1000), skip)
+        with_guidance = guided(plain, away, scale(times[step] / 1000), skip, both)
         return (with_guidance if schedule.plan[step] == "A" else plain)(x, times[step])
 
     yield from SOLVERS[schedule.solver].steps(velocity, x, sigmas)
@@ -64,6 +67,18 @@ def _velocity(dit: nn.Module, family: Family, states: States, like: Tensor) -> V
         return dit(x, torch.full((len(x),), time, device=x.device), skip_layers=left_out, **conditions)
 
     return velocity
+
+
+def _both_velocities(
+    dit: nn.Module, family: Family, positive: States, negative: States, like: Tensor
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """Those with each of two prompts, made as one batch."""
+    conditions = moved(family.conditions([positive] * len(like) + [negative] * len(like)), like.device)
+
+    def velocities(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        return dit(torch.cat((x, x)), torch.full((2 * len(x),), time, device=x.device), **conditions).chunk(2)
+
+    return velocities
 
 
 def decode(vae: VAE, family: Family, latents: Tensor) -> Iterator[tuple[int, Tensor]]:

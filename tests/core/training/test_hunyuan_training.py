@@ -145,14 +145,20 @@ def end_of(dit, states, negative=None, **changes):
     return reached.latents
 
 
-def test_both_kinds_of_guidance_and_left_out_blocks_change_what_is_sampled(opened):
-    variant, _, dit, _ = opened
+def told_prompts(variant):
+    """The states of a prompt and of another one, with all that the release is told."""
     generator, release = torch.Generator().manual_seed(1), HV.variants[variant]
     told = release.guidance_states()
     if release.images:
-        told |= {name: torch.randn(shape, generator=generator)
-                 for name, shape in release.images.shapes(HV.latent.latents(VideoSize(5, 32, 48))).items()}  # fmt: skip
-    states, negative = ({**text_states(tokens, generator), **told} for tokens in (9, 4))
+        size = HV.latent.latents(VideoSize(5, 32, 48))
+        told |= {name: torch.randn(shape, generator=generator) for name, shape in release.images.shapes(size).items()}
+    return tuple({**text_states(tokens, generator), **told} for tokens in (9, 4))
+
+
+def test_both_kinds_of_guidance_and_left_out_blocks_change_what_is_sampled(opened):
+    variant, _, dit, _ = opened
+    release = HV.variants[variant]
+    states, negative = told_prompts(variant)
     plain = end_of(dit, states)
     assert torch.equal(plain, end_of(dit, states, negative))
     for other in (
@@ -205,3 +211,10 @@ def test_no_tensor_of_a_step_grows_with_the_square_of_the_sequence(opened, tmp_p
         peaks[HV.latent.tokens(size)], _, _ = planner.step_activations(subject, "float32", True, False)
     (few, low), (some, middle), (many, high) = peaks.items()
     assert (high - middle) / (many - some) == pytest.approx((middle - low) / (some - few), rel=0.01)
+
+
+def test_guidances_passes_may_be_made_as_one_batch(opened):
+    variant, _, dit, _ = opened
+    states, negative = told_prompts(variant)
+    apart, together = (end_of(dit, states, negative, guidance=6.0, batched=batched) for batched in (False, True))
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
