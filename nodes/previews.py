@@ -127,6 +127,7 @@ def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.Text
     for one in prompts:
         try:
             dit.family.latent.check(VideoSize(one.frame_count, one.height, one.width))
+            dit.variant.guidance_states(one.guidance_scale or 0.0)
         except ValueError as error:
             raise ValueError(f"preview '{one.prompt[:40]}': {error}") from error
     texts = [text for one in prompts for text in (one.prompt, *_negative(one))]
@@ -136,6 +137,7 @@ def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.Text
             prompt=one.prompt, states=states[one.prompt], negative_states="".join(states[text] for text in _negative(one)),
             width=one.width, height=one.height, frames=one.frame_count, seed=one.seed, steps=one.sample_steps,
             guidance=one.cfg_scale, shift=one.discrete_flow_shift, solver=solver,
+            embedded_guidance=one.guidance_scale or 0.0,
         )
         for one in prompts
     )  # fmt: skip

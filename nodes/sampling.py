@@ -63,7 +63,7 @@ class PromptList(io.ComfyNode):
             inputs=[
                 handles.DiT.Input("dit", tooltip="The model, for what its authors recommend where a line says nothing."),
                 io.String.Input("prompts", multiline=True, tooltip="A prompt in each line. Options may follow it: --w 832 --h 480 "
-                                "--f 81 --s 30 --d 7 (seed) --l 5 (guidance) --fs 5 (flow shift) --n what is not to be seen."),
+                                "--f 81 --s 30 --d 7 (seed) --l 5 (guidance) --fs 5 (flow shift) --g 6 (embedded guidance) --n what is not to be seen."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="Of lines that name none."),
             ],
@@ -77,6 +77,7 @@ class PromptList(io.ComfyNode):
                 io.Int.Output("steps", display_name="steps", is_output_list=True),
                 io.Float.Output("guidance", display_name="guidance", is_output_list=True),
                 io.Float.Output("shift", display_name="flow shift", is_output_list=True),
+                io.Float.Output("embedded_guidance", display_name="embedded guidance", is_output_list=True),
             ],
         )  # fmt: skip
 
@@ -93,6 +94,7 @@ class PromptList(io.ComfyNode):
         default = Prompt(
             prompt="", negative_prompt=variant.negative_prompt, width=variant.size.width, height=variant.size.height,
             frame_count=variant.size.frames, seed=seed, sample_steps=variant.steps, cfg_scale=variant.guidance,
+            guidance_scale=0.0,
         )  # fmt: skip
         lines = [prompt.filled(default) for prompt in parse_lines(prompts)]
         shifts = [variant.shift_for(line.width, line.height, line.sample_steps) for line in lines]
@@ -102,7 +104,7 @@ class PromptList(io.ComfyNode):
         return io.NodeOutput(*(
             [getattr(line, name) for line in lines]
             for name in ("prompt", "negative_prompt", "seed", "width", "height", "frame_count", "sample_steps", "cfg_scale",
-                         "discrete_flow_shift")
+                         "discrete_flow_shift", "guidance_scale")
         ))  # fmt: skip
 
 

@@ -89,7 +89,7 @@ class Previews:
         size = self.family.latent.latents(VideoSize(preview.frames, preview.height, preview.width))
         empty = torch.zeros(1, self.family.latent.channels, *size)
         told = cache_files.load_text(Path(preview.images)) if preview.images else {}
-        told |= self.variant.guidance_states()
+        told |= self.variant.guidance_states(preview.embedded_guidance)
         positive = {**cache_files.load_text(Path(preview.states)), **told}
         negative = {**cache_files.load_text(Path(preview.negative_states)), **told} if preview.negative_states else None
         schedule = Schedule(steps=preview.steps, shift=preview.shift, solver=preview.solver)

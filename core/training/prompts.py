@@ -7,7 +7,8 @@
     JSON    a list of such lines, or of objects with the names below
 
 Letters and names: w width, h height, f frame_count, d seed, s sample_steps, l cfg_scale (guidance), fs discrete_flow_shift,
-n negative_prompt; for image-to-video models i image_path, ei end_image_path.
+n negative_prompt; for image-to-video models i image_path, ei end_image_path; for models that are told their guidance
+g guidance_scale.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Prompt:
     seed: int | None = None
     sample_steps: int | None = None
     cfg_scale: float | None = None
+    guidance_scale: float | None = None
     discrete_flow_shift: float | None = None
     image_path: str | None = None
     end_image_path: str | None = None
@@ -58,7 +60,8 @@ class Prompt:
 @dataclass(frozen=True, kw_only=True)
 class Preview:
     """A prompt ready to be sampled: `states` and `negative_states` are files of encoded text, no negative one, no guidance;
-    `images` is a file of image states, for an image-to-video model."""
+    `images` is a file of image states, for an image-to-video model. `embedded_guidance` is told to a model that takes it; 0 is
+    what its authors recommend."""
 
     prompt: str
     states: str
@@ -72,6 +75,7 @@ class Preview:
     shift: float
     solver: str = "euler"
     images: str = ""
+    embedded_guidance: float = 0.0
 
     def __post_init__(self) -> None:
         Schedule(steps=self.steps, shift=self.shift, solver=self.solver)  # checks all three
@@ -104,13 +108,14 @@ class PreviewSettings:
 _LETTERS = {
     "w": "width", "h": "height", "f": "frame_count", "d": "seed", "s": "sample_steps", "l": "cfg_scale",
     "fs": "discrete_flow_shift", "n": "negative_prompt", "i": "image_path", "ei": "end_image_path",
+    "g": "guidance_scale",
 }  # fmt: skip
 _IMPOSSIBLE = {
-    "g": "guidance_scale", "cn": "control_video_path", "ci": "control_image_path", "of": "one_frame",
+    "cn": "control_video_path", "ci": "control_image_path", "of": "one_frame",
 }  # fmt: skip
 _KINDS: Mapping[str, type] = {
     "prompt": str, "negative_prompt": str, "width": int, "height": int, "frame_count": int, "seed": int,
-    "sample_steps": int, "cfg_scale": float, "discrete_flow_shift": float,
+    "sample_steps": int, "cfg_scale": float, "guidance_scale": float, "discrete_flow_shift": float,
     "image_path": str, "end_image_path": str,
 }  # fmt: skip
 _OPTION = re.compile(rf"(?:^|(?<=\s))--({'|'.join([*_LETTERS, *_IMPOSSIBLE])})(?=\s|$)", re.IGNORECASE)

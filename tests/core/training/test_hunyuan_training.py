@@ -1,5 +1,7 @@
 """HunyuanVideo and SkyReels V1 from caches to a LoRA and to latents, on a small transformer."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import small_job
@@ -173,12 +175,13 @@ def test_both_kinds_of_guidance_and_left_out_blocks_change_what_is_sampled(opene
     assert reference.relative_error(fewer, whole) > 1e-3
 
 
-def test_a_preview_is_sampled_with_the_guidance_that_the_release_recommends(tmp_path):
+def test_a_preview_is_sampled_with_the_embedded_guidance_that_it_names_or_the_release_recommends(tmp_path):
     clips = made(tmp_path / "clips", "hunyuan-t2v")
     states = text_states(6, torch.Generator().manual_seed(2))
     cache_files.save_text(tmp_path / "states.safetensors", states, "a cat", HV, "")
-    shown = PreviewSettings(prompts=(Preview(prompt="a cat", states=str(tmp_path / "states.safetensors"), negative_states="", width=48,
-                                             height=32, frames=5, seed=1, steps=2, guidance=1.0, shift=7.0),), at_start=True)  # fmt: skip
+    preview = Preview(prompt="a cat", states=str(tmp_path / "states.safetensors"), negative_states="", width=48, height=32, frames=5,
+                      seed=1, steps=2, guidance=1.0, shift=7.0)  # fmt: skip
+    shown = PreviewSettings(prompts=(preview, replace(preview, embedded_guidance=3.0)), at_start=True)
     one = job(clips, tmp_path / "out", "hunyuan-t2v", previews=shown)
     this = Run.of(one, tmp_path / "runs")
     assert small_job.work(this) == 0 and not this.notes(), this.log_end()
@@ -189,6 +192,9 @@ def test_a_preview_is_sampled_with_the_guidance_that_the_release_recommends(tmp_
     told = {**states, **HV.variants["hunyuan-t2v"].guidance_states()}
     latents, _ = latent_files.load(this.preview_path(0, 0, latent_files.SUFFIX))
     torch.testing.assert_close(latents, HV.latent.from_model(end_of(dit, told)), rtol=1e-4, atol=1e-4)
+    other, _ = latent_files.load(this.preview_path(0, 1, latent_files.SUFFIX))
+    chosen = end_of(dit, {**states, **HV.variants["hunyuan-t2v"].guidance_states(3.0)})
+    torch.testing.assert_close(other, HV.latent.from_model(chosen), rtol=1e-4, atol=1e-4)
 
 
 def test_no_tensor_of_a_step_grows_with_the_square_of_the_sequence(opened, tmp_path):

@@ -18,6 +18,7 @@ WAN = FAMILIES["wan"]
         ("a cat --L 4.5 --FS 3", Prompt(prompt="a cat", cfg_scale=4.5, discrete_flow_shift=3.0)),
         ("a cat --n ugly, w 5 --d 1", Prompt(prompt="a cat", negative_prompt="ugly, w 5", seed=1)),
         ("a cat --n", Prompt(prompt="a cat", negative_prompt="")),
+        ("a cat --g 6", Prompt(prompt="a cat", guidance_scale=6.0)),
         ("a cat --i in/start.png --ei end.png", Prompt(prompt="a cat", image_path="in/start.png", end_image_path="end.png")),
         # Whatever is no option belongs to the prompt.
         ("I walk to D 5 cats, N a dog", Prompt(prompt="I walk to D 5 cats, N a dog")),
@@ -43,7 +44,7 @@ def test_comments_and_empty_lines_are_passed_over():
         ("a cat --s 5 blue", "'5 blue' behind --s"), ("a cat --l five", "'five' behind --l is not a number"),
         ("a cat --w 64 --width 5", "'64 --width 5' behind --w"), ("a cat --w 64 --w 32", "--w is there twice"),
         ("--w 64", "there is no prompt"), ("a cat --ci start.png", "'control_image_path' cannot be used"),
-        ("a cat --g 6", "'guidance_scale' cannot be used"),
+        ("a cat --g six", "'six' behind --g is not a number"),
     ],
 )  # fmt: skip
 def test_an_option_that_cannot_be_understood_is_refused_with_its_line(line, message):
