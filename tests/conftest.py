@@ -24,6 +24,7 @@ def numerics():
     return json.loads((VECTORS / "numerics.json").read_text())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """All that shares the server runs in one process, and first: it takes longest."""
     for item in items:
