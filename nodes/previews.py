@@ -117,7 +117,7 @@ def _defaults(dit: handles.DiTFile, *, width: int, height: int, frames: int, ste
     return Prompt(
         prompt="", negative_prompt=negative_prompt or variant.negative_prompt, width=width, height=height,
         frame_count=frames, seed=seed, sample_steps=steps, cfg_scale=guidance or variant.guidance,
-        discrete_flow_shift=shift or variant.shift_for(width, height, steps),
+        discrete_flow_shift=shift,
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def _previews(prompts: list[Prompt], dit: handles.DiTFile, encoder: handles.Text
         Preview(
             prompt=one.prompt, states=states[one.prompt], negative_states="".join(states[text] for text in _negative(one)),
             width=one.width, height=one.height, frames=one.frame_count, seed=one.seed, steps=one.sample_steps,
-            guidance=one.cfg_scale, shift=one.discrete_flow_shift, solver=solver,
+            guidance=one.cfg_scale, shift=one.shift_for(dit.variant), solver=solver,
             embedded_guidance=one.guidance_scale or 0.0,
         )
         for one in prompts

@@ -97,10 +97,7 @@ class PromptList(io.ComfyNode):
             guidance_scale=0.0,
         )  # fmt: skip
         lines = [prompt.filled(default) for prompt in parse_lines(prompts)]
-        shifts = [variant.shift_for(line.width, line.height, line.sample_steps) for line in lines]
-        lines = [
-            line.filled(Prompt(prompt="", discrete_flow_shift=shift)) for line, shift in zip(lines, shifts, strict=True)
-        ]
+        lines = [replace(line, discrete_flow_shift=line.shift_for(variant)) for line in lines]
         return io.NodeOutput(*(
             [getattr(line, name) for line in lines]
             for name in ("prompt", "negative_prompt", "seed", "width", "height", "frame_count", "sample_steps", "cfg_scale",

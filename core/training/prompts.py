@@ -23,7 +23,7 @@ from typing import Any
 
 from ..checks import require
 from ..data import cache_files
-from ..family import Family, TextEncoder
+from ..family import Family, TextEncoder, Variant
 from ..io.files import digest
 from ..sampling.schedule import Schedule
 from ..shapes import Tiles
@@ -55,6 +55,10 @@ class Prompt:
         """With the choices of `defaults` where it has none."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return replace(defaults, **{name: value for name, value in values.items() if value is not None})
+
+    def shift_for(self, variant: Variant) -> float:
+        """The flow shift of a prompt that says all else: its own, or what suits its size and steps."""
+        return self.discrete_flow_shift or variant.shift_for(self.width, self.height, self.sample_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
