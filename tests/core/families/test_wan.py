@@ -187,4 +187,4 @@ def test_a_text_encoder_without_a_tokenizer_says_where_to_put_it(tmp_path):
 def test_image_to_video_in_480p_has_a_flow_shift_of_its_own():
     i2v = WAN.variants["2.1-i2v-14B"]
     assert [i2v.shift_for(*size, 40) for size in ((832, 480), (480, 832), (1280, 720), (832, 464))] == [3, 3, 5, 5]
-    assert WAN.variants["2.1-t2v-14B"].shift_for(832, 480) == 5
+    assert WAN.variants["2.1-t2v-14B"].shift_for(832, 480, 40) == 5
