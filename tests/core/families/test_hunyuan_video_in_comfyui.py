@@ -199,3 +199,13 @@ def test_one_encoder_alone_is_refused_with_what_is_missing(comfyui):
         check_complete([llama], HV)
     with pytest.raises(ValueError, match="do not belong together"):
         check_complete([clip, clip], HV)
+
+
+def test_the_text_tower_is_found_in_a_file_of_all_of_clip(tmp_path):
+    whole = clip_weights(depth=1) | {
+        "vision_model.embeddings.class_embedding": torch.zeros(1024), "text_projection.weight": torch.zeros(768, 768),
+        "logit_scale": torch.zeros(()),
+    }  # fmt: skip
+    save_file(whole, tmp_path / "model.safetensors")
+    checkpoint, part = open_part(tmp_path / "model.safetensors", "text_encoder")
+    assert part.gives[0] == POOLED and all(not name.startswith("vision") for name in checkpoint.tensors)
