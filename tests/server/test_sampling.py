@@ -42,14 +42,22 @@ def sampled(server, name, **overrides):
 def test_latents_are_kept_with_what_they_were_sampled_with_and_decoded_later(server):
     run(
         server,
-        with_pictures(demo.graph("wan_t2v_sample", **QUICK, VideoLoRASample={"seed": 5, "guidance": 3.0}), "first"),
+        with_pictures(
+            demo.graph(
+                "wan_t2v_sample",
+                **QUICK,
+                VideoLoRASample={"seed": 5, "guidance": 3.0},
+                VideoLoRASaveLatents={"name": "kept"},
+            ),
+            "first",
+        ),
     )
-    path = server.base / "output" / "latents" / "video_00001.latent"
+    path = server.base / "output" / "latents" / "kept_00001.latent"
     with safe_open(path, "pt") as file:
         told = file.metadata()
     assert told["seed"] == "5" and told["solver"] == "unipc" and told["size"] == "96 x 64 x 13" and told["steps"] == "4"
     assert told["prompt"] == "character_1, walking through a park" and told["guidance"] == "3"
-    graph = with_pictures(demo.graph("wan_decode_latents"), "again")
+    graph = with_pictures(demo.graph("wan_decode_latents", VideoLoRALoadLatents={"file": "kept_00001.latent"}), "again")
     again = run(server, graph)
     assert "seed: 5" in again.texts[node(graph, "VideoLoRALoadLatents")]
     for number in range(1, 14):
