@@ -4,7 +4,7 @@ import errno
 import os
 
 import pytest
-from videolora.core.io.files import atomic, digest, fingerprint, inside, read_json, write_json, written_once, written_once
+from videolora.core.io.files import atomic, digest, fingerprint, inside, read_json, write_json, written_once
 
 MIB = 1 << 20
 
@@ -24,31 +24,6 @@ def test_a_file_is_replaced_as_a_whole_when_the_block_ends(tmp_path):
         if text == b"first":
             os.link(target, tmp_path / "still open")  # stands for somebody who is reading the old file
     assert (tmp_path / "still open").read_bytes() == b"first"
-
-
-def test_files_that_may_not_replace_others_are_found_again_where_they_are_the_same(tmp_path):
-    folder = tmp_path / "new"
-    one, two = folder / "one.bin", folder / "two.bin"
-
-    def writing(*contents):
-        def make(targets):
-            for target, content in zip(targets, contents, strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
-            return " and ".join(map(str, targets))
-
-        return make
-
-    for _ in range(2):
-        assert written_once([one, two], writing(b"1", b"2")) == f"{one} and {two}"
-        assert content(folder) == {"one.bin": b"1", "two.bin": b"2"}
-        one.unlink()  # as if the first time had been interrupted
-    written_once([one, two], writing(b"1", b"2"))
-    with pytest.raises(ValueError, match=r"two\.bin exists already and is something else"):
-        written_once([one, two], writing(b"1", b"other"))
-    assert content(folder) == {"one.bin": b"1", "two.bin": b"2"}
-    with pytest.raises(ValueError, match=r"one\.bin would be written twice"):
-        written_once([one, one], writing(b"1", b"2"))
 
 
 def test_files_that_may_not_replace_others_are_found_again_where_they_are_the_same(tmp_path):

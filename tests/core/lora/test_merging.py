@@ -210,16 +210,6 @@ def test_what_was_not_merged_or_cannot_go_alone_is_not_taken_out(tmp_path, base,
         out()
 
 
-@pytest.mark.parametrize("history", ["[", '["x"]', '[{"base": "b"}]', '[{"base": "b", "base_fingerprint": "f", "method": "sum", "loras": [3]}]'])
-def test_a_history_that_cannot_be_read_is_an_error_that_names_the_file(history, tmp_path, base, matrices):
-    save_file(load_file(base), tmp_path / "m.safetensors", {"videolora_merged": history})
-    entry = StackEntry(lora(tmp_path / "l.safetensors", matrices))
-    with pytest.raises(ValueError, match=r"m\.safetensors: what it says was merged into it .* cannot be read"):
-        merged(tmp_path / "m.safetensors", tmp_path / "more.safetensors", matrices, entry)
-    with pytest.raises(ValueError, match="nothing to take out"):
-        out()
-
-
 @pytest.mark.parametrize(
     "history",
     ["[", '["x"]', '[{"base": "b"}]', '[{"base": "b", "base_fingerprint": "f", "method": "sum", "loras": [3]}]'],
