@@ -1,7 +1,7 @@
 // The only file here that ComfyUI imports by itself: it does so with every *.js, and not with *.mjs.
 import { app } from "../../scripts/app.js";
 import { followReports } from "./lib/report.mjs";
-import { addDatasetPanel } from "./lib/dataset.mjs";
+import { addDatasetPanel, showDataset } from "./lib/dataset.mjs";
 import { addMapPanel } from "./lib/map.mjs";
 import { addPlanPanel, addSigmaPanel } from "./lib/schedule.mjs";
 import { addTrainingPanel } from "./lib/training.mjs";
@@ -23,6 +23,9 @@ app.registerExtension({
     style.href = new URL("./lib/panels.css", import.meta.url).href;
     document.head.append(style);
     followReports();
+  },
+  onNodeOutputsUpdated(outputs) {
+    showDataset(outputs); // what ran before is shown again when its workflow is
   },
   nodeCreated(node) {
     PANELS[node.comfyClass]?.(node);

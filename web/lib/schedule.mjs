@@ -52,7 +52,7 @@ export function addPlanPanel(node) {
     const applied = [...plan].filter((letter) => letter === "A").length;
     caption.replaceChildren(...(answer ? [
       element("b", {}, `guidance in ${applied} of ${plan.length} steps`),
-      element("span", { class: "vl-faint" }, ` saves ${number((100 * (plan.length - applied)) / (2 * plan.length), 2)} % of the time`),
+      element("span", { class: "vl-faint" }, ` up to ${number((100 * (plan.length - applied)) / (2 * plan.length), 2)} % less time`),
     ] : [element("span", { class: "vl-faint" }, problem)]));
     cells.setAttribute("aria-label", plan);
     cells.replaceChildren(...[...plan].map((letter, step) =>

@@ -244,7 +244,8 @@ class TrainingPanel {
   plot() {
     for (const tab of this.tabs) tab.classList.toggle("vl-on", tab.dataset.sight === this.sight);
     const isLoss = this.sight === "loss";
-    this.drawn = [...(this.run ? [[this.run, "--vl-first"]] : []), ...[...this.compared.values()].map((run) => [run, run.colour])]
+    const others = [...this.compared.values()].map((run) => [run, run.colour]);
+    this.drawn = [...others, ...(this.run ? [[this.run, "--vl-first"]] : [])] // the one that is shown lies on top
       .map(([run, colour]) => ({ run, colour: `var(${colour})`, ys: isLoss ? smoothed(run.columns.loss, this.weight) : run.columns.rate }));
     const lines = [];
     const seen = [];
