@@ -261,7 +261,9 @@ class DatasetPreview(io.ComfyNode):
         picture = preview.contact_sheet(plans, seen)
         sheet = _images(picture[None])
         video = Types.VideoComponents(images=_images(preview.mosaic(seen)), frame_rate=Fraction(family.fps))
-        return io.NodeOutput(sheet, InputImpl.VideoFromComponents(video), report, ui={"videolora_data": [_sight(plans, seen, picture)]})
+        return io.NodeOutput(
+            sheet, InputImpl.VideoFromComponents(video), report, ui={"videolora_data": [_sight(plans, seen, picture)]}
+        )
 
 
 def _sight(plans: Sequence[LatentPlan], seen: Sequence[preview.Sight], sheet: np.ndarray) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from comfy.cli_args import args
 from server import PromptServer
 
 from ..core.training.job import Job
-from ..core.training.run import PAUSE, SAVE, STOP, STOPPED, MetricsReader, Run
+from ..core.training.run import PAUSE, SAVE, STOP, MetricsReader, Run
 from ..core.training.watching import band_of
 from . import paths, sights, training
 
@@ -157,8 +157,8 @@ def _described(run: Run) -> dict[str, Any]:
     path = run.path("job.json")
     queued = path.stat().st_mtime
     status = run.status()
-    if status["state"] == STOPPED and run.folder.name in training.starting:
-        status["state"] = "starting"
+    if run.folder.name in training.starting and not run.is_alive():
+        status = {"state": "starting", "step": status["step"]}
     found = {"id": run.folder.name, "status": status, "asked": run.asked(), "origin": run.origin(), "queued": queued}
     try:
         name, steps, settings = _job_of(run, queued)

@@ -140,7 +140,10 @@ def _touched(lora: Any, opening: Opening) -> dict[str, Any]:
         name = str(lora.get("name") or path.name)[:200] if dropped else path.name
         return {"name": name, **_read(path, path.stat().st_mtime_ns, opening)}
     except (ValueError, OSError) as error:
-        return {"name": str(lora.get("name") or lora.get("file") if isinstance(lora, dict) else lora)[:200], "error": str(error)}
+        return {
+            "name": str(lora.get("name") or lora.get("file") if isinstance(lora, dict) else lora)[:200],
+            "error": str(error),
+        }
 
 
 @functools.lru_cache(64)
@@ -193,7 +196,10 @@ class Dropped:
     def path(cls, token: Any) -> Path:
         """The file that a token stands for; ValueError when there is none."""
         found = cls._folder() / f"{token}.safetensors"
-        require(bool(_TOKEN.fullmatch(str(token))) and found.is_file(), "this dropped file is no longer there: drop it again.")
+        require(
+            bool(_TOKEN.fullmatch(str(token))) and found.is_file(),
+            "this dropped file is no longer there: drop it again.",
+        )
         return found
 
     def __enter__(self) -> Dropped:
@@ -213,7 +219,9 @@ class Dropped:
                 read_header(self.place)
         except ValueError as error:
             kind = ValueError
-            raise ValueError(str(error).replace(str(self.place), self.name).replace(self.place.name, self.name)) from None
+            raise ValueError(
+                str(error).replace(str(self.place), self.name).replace(self.place.name, self.name)
+            ) from None
         finally:
             if kind is not None:
                 self.place.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from .progress import Progress, say
 CATEGORY = "VideoLoRA/training"
 _CORE = Path(__file__).resolve().parents[1] / "core"
 starting: set[str] = set()
-"""Names of the runs whose process was started and has not spoken yet."""
+"""Names of the runs that wait for a GPU, or whose process has not spoken yet."""
 
 
 class Train(io.ComfyNode):
@@ -142,9 +144,11 @@ class Train(io.ComfyNode):
             **settings,
         )
         run = Run.of(job, paths.runs_folder())
-        _announce(run, job, cls.hidden)
-        if not _is_finished(run, job):
-            await _train(run, job, Progress(cls.hidden.unique_id, job.steps))
+        finished = _is_finished(run, job)
+        with nullcontext() if finished else _starting(run):
+            _announce(run, job, cls.hidden)
+            if not finished:
+                await _train(run, job, Progress(cls.hidden.unique_id, job.steps))
         metrics = run.metrics()
         summary = _summary(run, job, metrics)
         say(summary["text"], cls.hidden.unique_id)
@@ -154,6 +158,15 @@ class Train(io.ComfyNode):
             {"loss": [entry["loss"] for entry in metrics if entry["loss"] is not None]},
             ui={"videolora_run": [summary]},
         )
+
+
+@contextmanager
+def _starting(run: Run) -> Iterator[None]:
+    starting.add(run.folder.name)
+    try:
+        yield
+    finally:
+        starting.discard(run.folder.name)
 
 
 def _announce(run: Run, job: Job, hidden: Any) -> None:
@@ -240,8 +253,6 @@ async def _train(run: Run, job: Job, progress: Progress) -> None:
             while _at_work(run, process):
                 await share.wait()
             raise
-        finally:
-            starting.discard(run.folder.name)
     status = run.status()
     if status["state"] == runs.FAILED:
         raise RuntimeError(f"Training failed: {status['error']}\n\nThe end of {run.log}:\n{run.log_end()}")
@@ -277,7 +288,6 @@ def _start(run: Run, share: gpus.Share) -> subprocess.Popen:
     run.forget(*REQUESTS)
     run.keep_gpus(share.numbers)
     run.write_status(runs.STOPPED, _last_step(run))  # an earlier failure is not this one's
-    starting.add(run.folder.name)
     with open(run.log, "w", encoding="utf-8") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=run.folder,
@@ -357,4 +367,3 @@ def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any
         "validation_loss": validation, "skipped": skipped, "notes": notes,
         "previews": [paths.shown(path) for path in run.previews()], "text": "\n".join([*lines, *notes[-3:], *files]),
     }  # fmt: skip
-

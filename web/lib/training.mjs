@@ -12,6 +12,7 @@ const COLOURS = ["--vl-second", "--vl-third", "--vl-fourth", "--vl-fifth"]; // o
 const BANDS = 10; // tenths of the timesteps, as the server sorts samples
 const RECENT = 200; // samples that the bars are of
 const TITLES = { starting: "Starting", running: "Training", paused: "Paused", stopped: "Stopped", finished: "Finished", failed: "Failed" };
+const ALIVE = new Set(["starting", "running", "paused"]);
 const ASKED = { stop: "Stopping after this step", pause: "Pausing after this step", save: "Saving after this step" };
 const COLUMNS = ["step", "loss", "average", "rate", "validation", "samples"];
 
@@ -43,7 +44,7 @@ class Followed {
   }
 
   get isAtWork() {
-    return ["starting", "running", "paused"].includes(this.answer?.status.state);
+    return ALIVE.has(this.answer?.status.state);
   }
 }
 
@@ -358,7 +359,10 @@ class TrainingPanel {
 
   title(id) {
     const run = this.runs.find((one) => one.id === id);
-    return run ? `${run.name ?? run.id}, ${new Date(run.queued * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" })}` : id;
+    if (!run) return id;
+    const several = new Set(this.runs.map(({ name }) => name)).size > 1;
+    const when = new Date(run.queued * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+    return several ? `${run.name ?? run.id}, ${when}` : when;
   }
 
   history() {
@@ -374,7 +378,7 @@ class TrainingPanel {
       return element("tr", { class: isShown ? "vl-on" : "", onclick: ({ target }) => target === box || this.choose(run.id), title: "Show this run" },
         element("td", {}, box),
         element("td", {}, this.title(run.id)),
-        element("td", { "data-state": run.status.state }, `${TITLES[run.status.state] ?? ""} ${number(run.status.step)}/${number(run.steps)}`),
+        element("td", { "data-state": run.status.state }, `${TITLES[run.status.state] ?? ""} ${ALIVE.has(run.status.state) ? "" : `${number(run.status.step)} / ${number(run.steps)}`}`),
         element("td", { class: "vl-faint" }, run.error ?? (isShown ? "shown" : differences(run.settings, shown.settings))));
     });
     this.earlier.replaceChildren(element("div", { class: "vl-faint" }, "Runs of this node: click one to show it, tick to compare"),
@@ -411,6 +415,6 @@ function differences(settings = {}, others = {}) {
   const names = new Set([...Object.keys(settings), ...Object.keys(others)]);
   const told = [...names]
     .filter((name) => JSON.stringify(settings[name]) !== JSON.stringify(others[name]))
-    .map((name) => `${name.split(".").at(-1)} ${settings[name] ?? "none"}`);
+    .map((name) => `${name.startsWith("loraid.") ? name.replace(".", " ") : name.split(".").at(-1)} ${settings[name] ?? "none"}`);
   return told.join(", ") || "the same settings, other data";
 }
