@@ -459,9 +459,8 @@ The strength says how much is made anew: 1 everything, 0 nothing; 0.5 to 0.8 kee
 
 {FILES}""")
     dit, vae, text = _opened(graph)
-    video = graph.add(1, "LoadVideo", size=(_WIDTH, 330), file="video.mp4")
-    parts = graph.add(1, "GetVideoComponents", video=video[0])
-    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=parts[0])
+    video = graph.add(1, "VideoLoRALoadFrames", dit=dit[0], source="video.mp4", width=832, height=480, frames=81)
+    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=video[0])
     schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc")
     sampled = graph.add(3, "VideoLoRASample", dit=dit[0], **_prompts(graph, 2, text), latent=latent[0],
                         schedule=schedule[0], guidance=0.0, seed=0, strength=0.7)  # fmt: skip
@@ -581,14 +580,22 @@ The strength says how much is made anew: 1 everything, 0 nothing; 0.5 to 0.8 kee
 
 {_hunyuan_files(HUNYUAN)}""")
     dit, vae, text = _hunyuan(graph)
-    video = graph.add(1, "LoadVideo", size=(_WIDTH, 330), file="video.mp4")
-    parts = graph.add(1, "GetVideoComponents", video=video[0])
-    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=parts[0])
+    shot = HUNYUAN_SHOT
+    video = graph.add(
+        1,
+        "VideoLoRALoadFrames",
+        dit=dit[0],
+        source="video.mp4",
+        width=shot.width,
+        height=shot.height,
+        frames=shot.frames,
+    )
+    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=video[0])
     prompt = graph.add(1, "VideoLoRAEncodeText", "Prompt", text_encoder=text[0], prompt=PROMPT)
-    schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=HUNYUAN_SHOT.steps, shift=0.0, solver="euler")
+    schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=shot.steps, shift=0.0, solver="euler")
     sampled = graph.add(2, "VideoLoRASample", dit=dit[0], positive=prompt[0], latent=latent[0], schedule=schedule[0], guidance=0.0,
                         seed=0, strength=0.7)  # fmt: skip
-    _saved(graph, 3, vae, sampled[0], "video/hunyuan_v2v", HUNYUAN_SHOT.fps)
+    _saved(graph, 3, vae, sampled[0], "video/hunyuan_v2v", shot.fps)
     return graph
 
 
