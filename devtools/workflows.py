@@ -531,9 +531,9 @@ def _hunyuan_files(dit: str) -> str:
 - `models/text_encoders/{LLAMA}` and `{CLIP_L}`"""
 
 
-def _hunyuan(graph: Graph, dit: str = HUNYUAN, variant: str = "auto") -> tuple[Node, Node, Node]:
+def _hunyuan(graph: Graph, dit: str = HUNYUAN) -> tuple[Node, Node, Node]:
     """Model, VAE and text encoder."""
-    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant=variant)
+    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant="auto")
     vae = graph.add(0, "VideoLoRALoadVAE", model=HUNYUAN_VAE)
     llm = graph.add(0, "VideoLoRALoadLLM", model=LLAMA)
     return model, vae, graph.add(0, "VideoLoRALoadCLIP", llm=llm[0], model=CLIP_L)
@@ -605,7 +605,7 @@ Its file has the same tensors as HunyuanVideo's, so its variant is chosen in the
 guidance 6 with the negative prompt, embedded guidance 1.
 
 {_hunyuan_files(SKYREELS)}""")
-    dit, vae, text = _hunyuan(graph, SKYREELS, "skyreels-v1-t2v")
+    dit, vae, text = _hunyuan(graph, SKYREELS)
     _sampling(graph, 1, dit, dit[0], text, vae, "FPS-24, " + PROMPT, "video/skyreels_t2v", shot=SKYREELS_SHOT)
     return graph
 

@@ -13,6 +13,7 @@ from videolora.core.lora.factors import LoRAFactors
 from videolora.core.lora.inventory import inventory
 from videolora.core.lora.merge import merge, unmerge
 from videolora.core.lora.stack import StackEntry, load_stack
+from videolora.core.lora.workbench import OpenedModel
 from videolora.core.modules.quantized import Stored, to_scaled_fp8
 
 HV = FAMILIES["hunyuan_video"]
@@ -151,3 +152,9 @@ def test_a_torch_file_of_transposed_tensors_is_refused_by_name(weights, stack, t
     write(source, turned)
     with pytest.raises(ValueError, match=r"dit\.pt: 'img_in\.proj\.bias' .* Use the safetensors version"):
         list(merge(source, tmp_path / "merged.safetensors", "", part, stack))
+
+
+@pytest.mark.parametrize(("layout", "suffix"), LAYOUTS)
+def test_a_model_is_opened_with_the_same_matrices_in_every_layout(layout, suffix, weights, matrices, tmp_path):
+    model = OpenedModel.open(write(tmp_path / f"dit{suffix}", layout(weights)))
+    assert list(model.matrices) == matrices
