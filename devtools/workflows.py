@@ -1,17 +1,12 @@
-"""The example workflows: one description each, from which the editor's file and the API's file are made.
-
-python devtools/workflows.py        writes workflows/*.json and workflows/api/*.json, asking a real ComfyUI about the nodes
-"""
+"""The example workflows: one description each, from which the editor's file and the API's file are made."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "workflows"
 _WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
 
 
@@ -684,25 +679,11 @@ WORKFLOWS = {
 }  # fmt: skip
 
 
-def files(info: dict[str, dict]) -> dict[Path, str]:
+def files(info: dict[str, dict]) -> dict[str, str]:
     """Path below workflows/ -> content, for all workflows; `info` is ComfyUI's /object_info."""
     made = {}
     for name, make in WORKFLOWS.items():
         graph = make()
-        made[Path(f"{name}.json")] = json.dumps(graph.editor(info), indent=1) + "\n"
-        made[Path("api") / f"{name}.json"] = json.dumps(graph.api(info), indent=1) + "\n"
+        made[f"{name}.json"] = json.dumps(graph.editor(info), indent=1) + "\n"
+        made[f"api/{name}.json"] = json.dumps(graph.api(info), indent=1) + "\n"
     return made
-
-
-def main() -> None:
-    import server
-
-    with server.running(server.prepare()) as running:
-        for path, content in files(running.get("/object_info")).items():
-            (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
-            (FOLDER / path).write_text(content, encoding="utf-8")
-            print(f"wrote workflows/{path}")
-
-
-if __name__ == "__main__":
-    main()
