@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,10 +25,25 @@ def numerics():
     return json.loads((VECTORS / "numerics.json").read_text())
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One real ComfyUI for all tests that need it, with small models and clips of its own."""
+    import demo
+    import server as servers
+
+    made = servers.prepare()
+    base = tmp_path_factory.mktemp("comfyui") / "base"
+    shutil.copytree(made / "models", base / "models")
+    servers.link_pack(base)
+    demo.prepare_data(base)
+    with servers.running(base) as running:
+        yield running
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """All that shares the server runs in one process, and first: it takes longest."""
     for item in items:
-        if "server" in item.path.parts[-2:-1]:
+        if item.path.parent.name in ("server", "browser"):
             item.add_marker(pytest.mark.xdist_group("server"))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)

@@ -1,25 +1,12 @@
-"""One real ComfyUI server for all tests of this folder, with small models and clips of its own."""
+"""What the tests of the real ComfyUI share."""
 
 import json
-import shutil
 
 import client
 import demo
 import pytest
-import server as servers
 
 STEPS = 12  # enough to move a LoRA; what training can do is tested elsewhere
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    made = servers.prepare()
-    base = tmp_path_factory.mktemp("comfyui") / "base"
-    shutil.copytree(made / "models", base / "models")
-    servers.link_pack(base)
-    demo.prepare_data(base)
-    with servers.running(base) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")
