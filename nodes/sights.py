@@ -133,17 +133,16 @@ def _owners(matrices: tuple[Matrix, ...], unit: str, units_per_id: int) -> dict[
 
 def _touched(lora: Any, opening: Opening) -> dict[str, Any]:
     """What a LoRA file is and touches, or the reason why that cannot be said."""
+    require(isinstance(lora, dict), "a LoRA is given as {'file': name} or {'dropped': token, 'name': name}.")
+    name = str(lora.get("name") or lora.get("file", ""))[:200]
     try:
-        require(isinstance(lora, dict), "a LoRA is given as {'file': name} or {'dropped': token}.")
-        dropped = "dropped" in lora
-        path = Dropped.path(lora["dropped"]) if dropped else paths.model_path("loras", str(lora.get("file", "")))
-        name = str(lora.get("name") or path.name)[:200] if dropped else path.name
+        path = Dropped.path(lora["dropped"]) if "dropped" in lora else paths.model_path("loras", name)
+    except ValueError as error:
+        return {"name": name, "error": str(error)}
+    try:
         return {"name": name, **_read(path, path.stat().st_mtime_ns, opening)}
     except (ValueError, OSError) as error:
-        return {
-            "name": str(lora.get("name") or lora.get("file") if isinstance(lora, dict) else lora)[:200],
-            "error": str(error),
-        }
+        return {"name": name, "error": str(error).replace(path.name, Path(name).name)}
 
 
 @functools.lru_cache(64)

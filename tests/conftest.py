@@ -18,6 +18,7 @@ _spec.loader.exec_module(_module)
 
 VECTORS = Path(__file__).parent / "vectors"
 MANIFESTS = Path(__file__).parent / "manifests"
+TRAINED_STEPS = 12  # enough to move a LoRA; what training can do is tested elsewhere
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,29 @@ def server(tmp_path_factory):
     demo.prepare_data(base)
     with servers.running(base) as running:
         yield running
+
+
+def training(folder, loraid, **train):
+    """The shipped workflow that trains a LORAID, as it is submitted."""
+    import client
+    import demo
+
+    return client.with_overrides(
+        demo.training_graph(folder, loraid), {"VideoLoRATrain": {"steps": TRAINED_STEPS, **train}}
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(server):
+    """Both LORAIDs, trained by the shipped workflow: folder -> outcome."""
+    import client
+    import demo
+
+    outcomes = {}
+    for loraid, folder in enumerate(demo.PROMPTS, start=1):
+        outcomes[folder] = client.run(server, training(folder, loraid))
+        assert not outcomes[folder].error, outcomes[folder].error
+    return outcomes
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,31 +2,18 @@
 
 import json
 
-import client
 import demo
 import pytest
 
-STEPS = 12  # enough to move a LoRA; what training can do is tested elsewhere
+from ..conftest import TRAINED_STEPS as STEPS
+from ..conftest import training
+
+__all__ = ["STEPS", "messages", "node", "summary", "training"]
 
 
 @pytest.fixture(scope="session")
 def info(server):
     return server.get("/object_info")
-
-
-def training(folder, loraid, **train):
-    graph = demo.training_graph(folder, loraid)
-    return client.with_overrides(graph, {"VideoLoRATrain": {"steps": STEPS, **train}})
-
-
-@pytest.fixture(scope="session")
-def trained(server):
-    """Both LORAIDs, trained by the shipped workflow: folder -> outcome."""
-    outcomes = {}
-    for loraid, folder in enumerate(demo.PROMPTS, start=1):
-        outcomes[folder] = client.run(server, training(folder, loraid))
-        assert not outcomes[folder].error, outcomes[folder].error
-    return outcomes
 
 
 def node(graph, kind):

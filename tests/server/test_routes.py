@@ -156,7 +156,7 @@ def test_the_map_shows_who_owns_what_and_where_two_collide(server, trained):
     assert answer["shared"][0]["parameters"] == answer["own"]["parameters"] == answer["loras"][0]["parameters"]
     _, answer = server.post(
         "/videolora/map",
-        {**MODEL, "loras": [{"file": "gone.safetensors"}, {"file": "../../x"}, {"dropped": "../x"}, 3]},
+        {**MODEL, "loras": [{"file": "gone.safetensors"}, {"file": "../../x"}, {"dropped": "../x"}]},
     )
     assert all(lora["error"] and "rows" not in lora for lora in answer["loras"]) and not answer["shared"]
 

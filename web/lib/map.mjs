@@ -12,6 +12,7 @@ const OWN = "--vl-first";
 const COLOURS = ["--vl-second", "--vl-third", "--vl-fourth", "--vl-fifth", "--vl-sixth", "--vl-seventh"];
 const KEPT = "videolora_loras"; // among the node's properties: the files that were chosen for the map
 const SHARPNESS = 2;
+const TIP = 210; // pixels that what is told of a matrix takes
 const LABEL = 11; // pixels of a row's name
 
 export function addMapPanel(node) {
@@ -75,6 +76,10 @@ class LoraidMap {
     this.root.classList.remove("vl-over");
     for (const file of event.dataTransfer?.files ?? []) {
       this.note.textContent = `reading ${file.name} ...`;
+      if (!file.name.toLowerCase().endsWith(".safetensors")) {
+        this.note.textContent = `${file.name} cannot be shown: drop a LoRA as a .safetensors file.`;
+        continue;
+      }
       try {
         this.dropped.push({ name: file.name, ...(await post(`/videolora/dropped?${new URLSearchParams({ name: file.name })}`, file)) });
         this.note.textContent = "";
@@ -157,12 +162,12 @@ class LoraidMap {
     const parties = answer.loras.length + (own && !own.error ? 1 : 0);
     const peace = parties > 1 && !clashes.length && answer.loras.every(({ error }) => !error);
     this.list.replaceChildren(
+      ...clashes,
       ...answer.loras.map((lora, index) => element("div", { title: lora.error ?? lora.text },
         element("i", { style: { background: `var(${colourOf(index)})` } }), lora.name,
         element("span", { class: lora.error ? "vl-wrong" : "vl-faint" }, lora.error ? ` ${lora.error}` : ` ${lora.loraid ? `LORAID ${lora.loraid}, ` : ""}${share(lora.parameters)}`),
         this.linked.includes(this.loras()[index]?.file) ? null
           : element("button", { class: "vl-tab", title: "Take it off the map", "aria-label": `Take ${lora.name} off`, onclick: () => this.remove(index) }, "×"))),
-      ...clashes,
       ...(peace ? [element("div", { class: "vl-right" }, "no parameter is owned twice")] : []));
     this.root.dataset.clashes = clashes.length;
     this.root.dataset.loras = answer.loras.length;
@@ -237,7 +242,7 @@ class LoraidMap {
     if (owner && owner !== answer.own.number) lines.push(element("div", { class: "vl-faint" }, `LORAID ${owner}'s: click to choose it`));
     if (this.twice.has(index)) lines.push(element("div", { class: "vl-wrong" }, "changed by more than one"));
     this.tip.replaceChildren(...lines);
-    const [right, low] = [x > this.frame.width / 2, y > this.frame.height / 2];
+    const [right, low] = [x > this.frame.width - TIP && x > TIP / 2, y > this.frame.height / 2];
     Object.assign(this.tip.style, { left: right ? "auto" : `${x + 12}px`, right: right ? `${this.frame.width - x + 12}px` : "auto",
       top: low ? "auto" : `${y + 8}px`, bottom: low ? `${this.frame.height - y + 8}px` : "auto" });
   }

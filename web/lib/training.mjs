@@ -218,8 +218,8 @@ class TrainingPanel {
     this.bar.style.width = `${answer?.steps ? (100 * reached) / answer.steps : 0}%`;
     this.tiles.replaceChildren(...this.facts(answer, reached).map(([title, text, hint]) =>
       element("div", { title: hint ?? title }, element("b", {}, text), element("span", {}, title))));
-    const starting = alive && !reached ? answer.log : "";
-    this.say(error ?? answer?.error ?? [starting, ...(answer?.notes ?? []).slice(-3)].filter(Boolean).join("\n"));
+    const told = alive && (!reached || answer.log.includes(" saved ")) ? [answer.log] : (answer?.status.files ?? []);
+    this.say(error ?? answer?.error ?? [...told, ...(answer?.notes ?? []).slice(-3)].join("\n"));
     this.message.classList.toggle("vl-error", Boolean(error ?? answer?.error));
     this.plot();
     this.bars();
