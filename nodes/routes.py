@@ -137,7 +137,10 @@ def _answering(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Handler:
         body = await request.content.read(_LONGEST_BODY + 1)
         if len(body) > _LONGEST_BODY:
             raise web.HTTPRequestEntityTooLarge(_LONGEST_BODY, len(body))
-        wanted = json.loads(body)  # what is no JSON is a ValueError
+        try:
+            wanted = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"this is no JSON: {error}.") from error
         if not isinstance(wanted, dict):
             raise ValueError("a JSON object is expected.")
         return web.json_response(await asyncio.to_thread(answer, wanted))

@@ -4,6 +4,7 @@ what a LoRA touches is read from it. Answers are made for JSON."""
 from __future__ import annotations
 
 import functools
+import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -42,7 +43,9 @@ def schedule(wanted: dict[str, Any]) -> dict[str, Any]:
     cfg_ratio or nothing.
     """
     dit = _opened(*_opening(wanted))
-    size = VideoSize(*(_whole(side, 1, 10000) for side in wanted["size"])) if wanted.get("size") else dit.variant.size
+    sides = wanted.get("size")
+    require(not sides or (isinstance(sides, list) and len(sides) == 3), "size must be [frames, height, width].")
+    size = VideoSize(*(_whole(side, 1, 10000) for side in sides)) if sides else dit.variant.size
     steps = _whole(wanted.get("steps"), 1, _MOST_STEPS)
     made = schedule_for(dit.variant, size, steps, _number(wanted.get("shift", 0.0)), str(wanted.get("solver", "euler")))
     plan = cfg_plan(str(wanted.get("cfg_skip", "none")), steps, _number(wanted.get("cfg_ratio", 1.0)))
@@ -169,7 +172,7 @@ def _whole(value: Any, least: int, most: int) -> int:
 
 
 def _number(value: Any) -> float:
-    require(isinstance(value, int | float), f"{value!r} is no number.")
+    require(isinstance(value, int | float) and math.isfinite(value), f"{value!r} is no number.")
     return float(value)
 
 

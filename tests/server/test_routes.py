@@ -87,6 +87,18 @@ def test_a_question_that_cannot_be_answered_is_refused(server, path, body):
     assert ask(server, "POST", f"/videolora/{path}", body)[0] == 400
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ['"steps": 5, "size": [1, 2]', '"steps": 5, "size": 7', '"steps": 5, "boundary": NaN', '"steps": 5, "shift": Infinity',
+     '"steps": 5, "cfg_ratio": NaN', '"steps": 5, "cfg_skip": "never"', '"steps": 5, "variant": "none"', '"steps": 5, "expert": "low"',
+     '"loras": "all"', '"loras": [3]', "[" * 60000],
+)  # fmt: skip
+def test_odd_values_are_a_clear_refusal(server, wrong):
+    path = "map" if "loras" in wrong else "schedule"
+    status, text = ask(server, "POST", f"/videolora/{path}", f'{{"model": "{workflows.DIT}", {wrong}}}'.encode())
+    assert status == 400 and text
+
+
 def test_steps_are_read_on_from_where_the_last_answer_ended(server, run):
     first = server.get(f"/videolora/runs/{run}/steps")
     assert first["anew"] and first["columns"]["step"] == list(range(1, 13)) and first["status"]["state"] == "finished"

@@ -126,8 +126,8 @@ export class Chart {
       const y = Math.round(this.y(value)) + 0.5;
       context.strokeStyle = style.getPropertyValue("--vl-faint");
       stroke(context, LEFT, y, this.width - RIGHT, y);
-      context.textAlign = "right";
-      context.fillText(text, this.width - RIGHT, y - 4);
+      context.textAlign = "left";
+      context.fillText(text, LEFT + 4, y + 12);
     }
     context.setLineDash([]);
   }

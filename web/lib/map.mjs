@@ -56,8 +56,8 @@ class LoraidMap {
   /** Files of the linked stack, chosen files, dropped files. */
   loras() {
     this.linked = this.selects ? [] : stack(this.node);
-    const chosen = [...new Set([...this.linked, ...this.chosen])];
-    return [...chosen.map((file) => ({ file })), ...this.dropped].slice(0, 16);
+    const chosen = this.chosen.filter((file) => !this.linked.includes(file));
+    return [...[...this.linked, ...chosen].map((file) => ({ file })), ...this.dropped].slice(0, 16);
   }
 
   get chosen() {
@@ -190,7 +190,9 @@ class LoraidMap {
     context.font = `${LABEL - 1}px ${style.fontFamily}`;
     const left = Math.ceil(Math.max(...answer.kinds.map((kind) => context.measureText(kind).width))) + 8;
     const wide = (width - left) / answer.blocks.length;
-    const high = (height - LABEL - 4) / answer.kinds.length;
+    const groups = grouped(answer.blocks);
+    const below = (LABEL + 4) * (groups.length > 1 ? 2 : 1); // numbers of blocks, and where there are several kinds of blocks their names
+    const high = (height - below) / answer.kinds.length;
     this.frame = { left, wide, high, width, height };
     context.fillStyle = style.getPropertyValue("--vl-faint");
     context.textBaseline = "middle";
@@ -200,7 +202,9 @@ class LoraidMap {
     const step = Math.max(1, Math.ceil(26 / wide));
     const numbers = answer.blocks.map((block) => block.match(/\d+/)?.[0] ?? block);
     context.textAlign = "center";
-    numbers.forEach((text, at) => Number(text) % step || context.fillText(text, left + (at + 0.5) * wide, height - 2));
+    const line = height - below + LABEL + 2;
+    numbers.forEach((text, at) => Number(text) % step || context.fillText(text, left + (at + 0.5) * wide, line));
+    if (groups.length > 1) for (const [name, first, count] of groups) context.fillText(name, left + (first + count / 2) * wide, height - 2, count * wide);
     const gap = wide > 5 && high > 5 ? 1 : 0.5;
     const box = ([block, kind], [start, stop], rows, colour) => {
       const full = high - gap;
@@ -252,10 +256,22 @@ class LoraidMap {
     const owner = this.answer?.own?.owners?.[this.under(event)[0]];
     const widget = this.node.widgets?.find(({ name }) => name === "loraid");
     if (!owner || !widget) return;
+    this.tip.hidden = true;
     widget.value = owner;
     widget.callback?.(owner);
     this.node.setDirtyCanvas?.(true, true);
   }
+}
+
+/** ["a.0", "a.1", "b.0"] -> [["a", 0, 2], ["b", 2, 1]]: kinds of blocks, where each begins, and how many there are. */
+function grouped(blocks) {
+  const found = [];
+  blocks.forEach((block, at) => {
+    const name = block.replace(/\.\d+.*/, "");
+    if (found.at(-1)?.[0] === name) found.at(-1)[2] += 1;
+    else found.push([name, at, 1]);
+  });
+  return found;
 }
 
 function colourOf(index) {

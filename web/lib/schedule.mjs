@@ -35,7 +35,7 @@ export function addSigmaPanel(node) {
       lines: answer ? [{ xs, ys: answer.sigmas, colour: "var(--vl-first)", width: 2 },
         ...(xs.length <= 60 ? [{ xs, ys: answer.sigmas, colour: "var(--vl-first)", dots: true }] : [])] : [],
       domain: [0, Math.max(1, xs.length - 1)], span: [0, 1],
-      marks: answer?.boundary ? [{ y: answer.boundary, text: "high-noise expert above" }] : [],
+      marks: answer?.boundary ? [{ y: answer.boundary, text: `above ${number(answer.boundary)}: high noise` }] : [],
     });
   };
   follow(node, chart, element("div", { class: "vl-sigmas" }, caption, chart.root), "sigmas", 190, () => asked(node), draw);

@@ -8,6 +8,7 @@ import { fileUrl, get, on, post } from "./server.mjs";
 const HEIGHT = 470; // pixels, at least
 const WIDTH = 520;
 const LIVELY = 1000; // milliseconds between two looks at a run that is at work
+const PATIENT = 4000; // and after the server has not answered
 const COLOURS = ["--vl-second", "--vl-third", "--vl-fourth", "--vl-fifth"]; // of runs to compare with
 const BANDS = 10; // tenths of the timesteps, as the server sorts samples
 const RECENT = 200; // samples that the bars are of
@@ -34,7 +35,13 @@ class Followed {
     this.columns = Object.fromEntries(COLUMNS.map((name) => [name, []]));
   }
 
-  async read() {
+  /** Whoever asks while an answer is awaited gets the same one: steps must not be taken in twice. */
+  read() {
+    this.reading ??= this.ask().finally(() => (this.reading = null));
+    return this.reading;
+  }
+
+  async ask() {
     const after = this.answer ? `?${new URLSearchParams({ after: this.answer.cursor })}` : "";
     const answer = await get(`/videolora/runs/${encodeURIComponent(this.id)}/steps${after}`);
     if (answer.anew) this.clear();
@@ -113,7 +120,7 @@ class TrainingPanel {
       this.named = named;
       this.run = null;
       this.find();
-    } else if (this.run?.isAtWork || this.lost) this.read();
+    } else if (this.lost ? Date.now() - this.lost > PATIENT : this.run?.isAtWork) this.read();
   }
 
   async read() {
@@ -122,10 +129,13 @@ class TrainingPanel {
     const [run, before] = [this.run, this.run.answer?.status.state];
     try {
       await run.read();
-      this.lost = false;
-    } catch (error) {
-      this.lost = true;
-      this.say(`No answer from the server: ${error.message}`);
+      this.lost = null;
+    } catch {
+      this.lost = Date.now();
+      this.root.dataset.state = "lost";
+      this.state.textContent = "No answer from the server";
+      this.doing.textContent = run.isAtWork ? "The training goes on without it." : "";
+      for (const button of Object.values(this.buttons)) button.hidden = true;
       return;
     } finally {
       this.busy = false;
@@ -218,7 +228,7 @@ class TrainingPanel {
     this.bar.style.width = `${answer?.steps ? (100 * reached) / answer.steps : 0}%`;
     this.tiles.replaceChildren(...this.facts(answer, reached).map(([title, text, hint]) =>
       element("div", { title: hint ?? title }, element("b", {}, text), element("span", {}, title))));
-    const told = alive && (!reached || answer.log.includes(" saved ")) ? [answer.log] : (answer?.status.files ?? []);
+    const told = alive && (!reached || answer.log.includes(" saved ")) ? [answer.log] : (answer?.status.files ?? []).map((file) => `saved ${file}`);
     this.say(error ?? answer?.error ?? [...told, ...(answer?.notes ?? []).slice(-3)].join("\n"));
     this.message.classList.toggle("vl-error", Boolean(error ?? answer?.error));
     this.plot();
