@@ -6,9 +6,9 @@ python dev.py generate
 from __future__ import annotations
 
 import help_pages
-import locales
 from server import ROOT, prepare, running
 
+import locales
 import workflows
 
 

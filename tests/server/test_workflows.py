@@ -4,13 +4,13 @@ import av
 import client
 import demo
 import generate
-import locales
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 from server import ROOT
 
+import locales
 import workflows
 
 from .conftest import STEPS, node, summary, training
