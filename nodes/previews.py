@@ -172,7 +172,7 @@ def _with_images(preview: Preview, dit: handles.DiTFile, vae: handles.VAEFile | 
     if not cache_files.is_current(path, name):
         told = encoded(dit, vae, size, start_image, end_image, clip_vision)
         shapes = {key: value.shape for key, value in told.items()}
-        dit.family.check_states(dit.part.config, shapes, dit.family.latent.latents(size))
+        dit.family.check_states(dit.part.config, dit.variant.images, shapes, dit.family.latent.latents(size))
         cache_files.save_text(path, told, "", dit.family, name)
     return replace(preview, images=str(path))
 

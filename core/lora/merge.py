@@ -10,7 +10,7 @@ for that the factor grows, for the row or the matrix that it is for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,35 +81,69 @@ def _merging(
         for matrix in _touched(lora):
             share = Share(lora.file.factors[matrix], sign * lora.entry.multiplier, contents[lora.entry.path])
             shares.setdefault(matrix, []).append(share)
-    changes: dict[tuple[str, ...], Change] = {}
+    tensors: dict[str, list[_Window]] = {}
     for matrix, of_matrix in shares.items():
-        weight, scale = source.weight(matrix), source.scale(matrix)
+        tensors.setdefault(source.weight(matrix), []).append(_Window(matrix, *source.rows(matrix), of_matrix))
+    changes: dict[tuple[str, ...], Change] = {}
+    for weight, windows in tensors.items():
+        scale = source.scale(weight)
         _check_dtype(source, weight, scale)
         if scale is None:
-            changes[weight,] = _Plain(source.tensors[weight], weight, matrix, of_matrix, how)
+            changes[weight,] = _Plain(source.tensors[weight], weight, windows, how)
         else:
-            changes[weight, scale] = _Scaled(source, weight, scale, matrix, of_matrix, how)
+            changes[weight, scale] = _Scaled(source, weight, scale, windows, how)
     return changes
 
 
 @dataclass(frozen=True)
+class _Window:
+    """A matrix of the model in rows [start, stop) of a tensor in a file, and what is to be added to it."""
+
+    matrix: str
+    start: int
+    stop: int
+    shares: Sequence[Share]
+
+    def inside(self, bands: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """Of bands of the tensor what belongs to the matrix, (first row, rows)."""
+        for first, rows in bands:
+            begin, end = max(self.start, first), min(self.stop, first + len(rows))
+            if begin < end:
+                yield begin - self.start, rows[begin - first : end - first]
+
+
+def _adding(
+    how: Combination, windows: Sequence[_Window], weights: Callable[[], Iterable[tuple[int, Tensor]]]
+) -> Adding:
+    """The way to add to a whole tensor; `weights` gives all of its bands."""
+    parts = [
+        (window, adding(how, window.matrix, window.shares, lambda window=window: window.inside(weights())))
+        for window in windows
+    ]
+
+    def add(band: Tensor, first: int, weight: Tensor, touched: Tensor) -> None:
+        for window, part in parts:
+            begin, end = max(window.start, first), min(window.stop, first + len(band))
+            if begin < end:
+                rows = slice(begin - first, end - first)
+                part(band[rows], begin - window.start, weight[rows], touched[rows])
+
+    return add
+
+
+@dataclass(frozen=True)
 class _Plain:
-    """Writes a matrix with its LoRAs."""
+    """Writes a tensor with its LoRAs."""
 
     stored: Stored
     weight: str
-    matrix: str
-    shares: Sequence[Share]
+    windows: Sequence[_Window]
     how: Combination
 
     def __call__(self, target: Target) -> Iterator[int]:
-        add = adding(
-            self.how,
-            self.matrix,
-            self.shares,
-            lambda: ((a, self.read(a, b).float()) for a, b in bands(self.stored.info)),
-        )
-        for first, last in bands(self.stored.info):
+        whole = bands(self.stored.info)
+        add = _adding(self.how, self.windows, lambda: ((a, self.read(a, b).float()) for a, b in whole))
+        for first, last in whole:
             raw = self.read(first, last)
             summed, touched = _summed(raw.float(), first, add)
             yield target.write_rows(self.weight, first, _rounded(summed, raw, touched))
@@ -120,13 +154,12 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Writes a scaled fp8 matrix with its LoRAs, and its factor."""
+    """Writes a scaled fp8 tensor with its LoRAs, and its factor."""
 
     source: Source
     weight: str
     scale: str
-    matrix: str
-    shares: Sequence[Share]
+    windows: Sequence[_Window]
     how: Combination
 
     def __call__(self, target: Target) -> Iterator[int]:
@@ -138,7 +171,7 @@ class _Scaled:
         def restored(first: int, last: int) -> Tensor:
             return read_rows(stored, first, last).float() * old[first:last]
 
-        add = adding(self.how, self.matrix, self.shares, lambda: ((a, restored(a, b)) for a, b in whole))
+        add = _adding(self.how, self.windows, lambda: ((a, restored(a, b)) for a, b in whole))
         largest = torch.zeros(rows, 1)
         for first, last in whole:
             summed, touched = _summed(restored(first, last), first, add)
@@ -299,17 +332,20 @@ def _restoring(
     """For each matrix what writes the removed rows as the base has them, and the others as the source has them."""
     if history[0]["base_fingerprint"] != fingerprint(base.path):
         raise ValueError(f"{base.path.name} is not what {source.path.name} was made of: that was {history[0]['base']}.")
-    still = _rows_of(one for merged in left for one in merged["loras"])
+    still = {source.weight(name) for name in _rows_of(one for merged in left for one in merged["loras"])}
+    tensors: _Rows = {}
+    for matrix, of_matrix in removed.items():
+        first, _ = source.rows(matrix)
+        tensors.setdefault(source.weight(matrix), []).extend((first + start, first + stop) for start, stop in of_matrix)
     changes: dict[tuple[str, ...], Change] = {}
-    for matrix, rows in removed.items():
-        weight, scale = source.weight(matrix), source.scale(matrix)
-        ours = base.tensors[base.weight(matrix)]
-        if scale is not None and not torch.equal(source.read(scale), base.read(base.scale(matrix))):
-            if matrix in still:
-                raise ValueError(f"the fp8 factor of '{matrix}' has grown with the merge, and other LoRAs are merged into it too: "
+    for weight, rows in tensors.items():
+        scale, ours = source.scale(weight), base.tensors[weight]
+        if scale is not None and not torch.equal(source.read(scale), base.read(base.scale(weight))):
+            if weight in still:
+                raise ValueError(f"the fp8 factor of '{weight}' has grown with the merge, and other LoRAs are merged into it too: "
                                  "unmerge all of them, and merge those again that are to stay.")  # fmt: skip
             changes[weight, scale] = _Copied(
-                weight, source, ours, [(0, ours.info.shape[0])], scale, base.read(base.scale(matrix))
+                weight, source, ours, [(0, ours.info.shape[0])], scale, base.read(base.scale(weight))
             )
         else:
             changes[weight,] = _Copied(weight, source, ours, rows)

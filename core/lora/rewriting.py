@@ -40,7 +40,7 @@ class Source:
     def __init__(self, path: Path, prefix: str, part: Part) -> None:
         if path.suffix.lower() != ".safetensors":
             raise ValueError(f"{path.name}: only safetensors checkpoints can be merged into.")
-        if part.views:
+        if any(len(view.pieces) > 1 for view in part.views.values()):
             raise ValueError(f"{path.name} divides the model's matrices otherwise, as diffusers does: merge into the official or "
                              "ComfyUI's version of the checkpoint.")  # fmt: skip
         self.path, self.prefix, self.part = path, prefix, part
@@ -52,12 +52,22 @@ class Source:
             self.tensors |= {name: Stored(shard, info) for name, info in header.tensors.items()}
 
     def weight(self, matrix: str) -> str:
-        """The name in the file of a matrix of the model."""
-        return self.prefix + self.part.keymap.to_file(f"{matrix}.weight")
+        """The name in the file of the tensor that holds a matrix of the model, alone or with others."""
+        name = f"{matrix}.weight"
+        if self.part.views:
+            return self.prefix + self.part.views[name].pieces[0][0]
+        return self.prefix + self.part.keymap.to_file(name)
 
-    def scale(self, matrix: str) -> str | None:
-        """The name of the factor of a scaled fp8 matrix."""
-        weight = self.weight(matrix)
+    def rows(self, matrix: str) -> tuple[int, int]:
+        """The rows [start, stop) of that tensor which are the matrix."""
+        total = self.tensors[self.weight(matrix)].info.shape[0]
+        if self.part.views:
+            start, stop, _ = self.part.views[f"{matrix}.weight"].pieces[0][1].indices(total)
+            return start, stop
+        return 0, total
+
+    def scale(self, weight: str) -> str | None:
+        """The name of the factor of a scaled fp8 tensor."""
         if self.tensors[weight].info.dtype not in FP8:
             return None
         names = (weight.removesuffix("weight") + scale for scale in SCALES)

@@ -48,9 +48,8 @@ class OpenedModel:
         require(variant in ("auto", *part.variants),
                 f"{path.name} is no {variant}: its tensors are those of {' or '.join(part.variants)}.")  # fmt: skip
         family = FAMILIES[part.family]
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         chosen = family.variants[part.variants[0] if variant == "auto" else variant]
-        return cls(path, part, checkpoint.prefix, chosen, tuple(inventory(family, shapes)))
+        return cls(path, part, checkpoint.prefix, chosen, tuple(inventory(family, checkpoint.shapes(part.keymap))))
 
     @property
     def family(self) -> Family:

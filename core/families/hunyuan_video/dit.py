@@ -281,7 +281,11 @@ class HunyuanVideoDiT(nn.Module):
         vector = self.time_in(time) + self.vector_in(pooled.to(self.dtype))
         if self.config.guidance:
             vector = vector + self.guidance_in(guidance)
-        blocks = (block for number, block in enumerate((*self.double_blocks, *self.single_blocks)) if number not in skip_layers)
+        blocks = (
+            block
+            for number, block in enumerate((*self.double_blocks, *self.single_blocks))
+            if number not in skip_layers
+        )
         x = through_blocks(self.run_block, blocks, x, text, vector)
         return _unpatchified(self.final_layer(x, vector).float(), sizes)
 
@@ -306,7 +310,6 @@ def through_blocks(
     for block in blocks:
         x = run_block(block, x, vector, cos, sin, text_tokens, lengths)
     return x[:, :video_tokens]
-
 
 
 def _heads(qkv: Tensor) -> tuple[Tensor, ...]:

@@ -65,7 +65,11 @@ class GlyphEmbedding(nn.Module):
         super().__init__()
         hidden = config.glyph_hidden
         self.layernorm = nn.LayerNorm(config.glyph_dim)
-        self.fc1, self.fc2, self.fc3 = Linear(config.glyph_dim, hidden), Linear(hidden, hidden), Linear(hidden, config.dim)
+        self.fc1, self.fc2, self.fc3 = (
+            Linear(config.glyph_dim, hidden),
+            Linear(hidden, hidden),
+            Linear(hidden, config.dim),
+        )
         self.activation = nn.GELU()
 
     def forward(self, states: Tensor) -> Tensor:
