@@ -65,7 +65,7 @@ class PreviewSettingsNode(io.ComfyNode):
                                tooltip="As in Flow Schedule: with the same solver, steps and seed the sampling nodes give the same."),
                 io.Image.Input("start_image", optional=True, tooltip="What the previews of an image-to-video model begin with."),
                 io.Image.Input("end_image", optional=True, tooltip="What those of a first-last-frame model end with."),
-                handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 image-to-video."),
+                handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 and HunyuanVideo 1.5 image-to-video."),
             ],
             outputs=[handles.Previews.Output("previews", display_name="previews")],
         )  # fmt: skip

@@ -137,6 +137,9 @@ class NetworkSettingsNode(io.ComfyNode):
                                 "line, such as .*self_attn.* Empty: all."),
                 io.String.Input("exclude", default="", multiline=True, optional=True, advanced=True,
                                 tooltip="Do not train matrices whose whole name matches one of these, such as .*ffn.*"),
+                io.Boolean.Input("modulation", default=default["modulation"], optional=True, advanced=True,
+                                 tooltip="For HunyuanVideo 1.5 without a LORAID: also train what makes shifts, scales and gates of "
+                                 "the time, as other trainers do. The file is a third larger."),
             ],
             outputs=[handles.Network.Output("network", display_name="network")],
         )  # fmt: skip
