@@ -690,17 +690,17 @@ def _hunyuan_15(graph: Graph, dit: str, variant: str) -> tuple[Node, Node, Node]
     return model, vae, graph.add(0, "VideoLoRALoadByT5", llm=llm[0], model=BYT5)
 
 
-def _hunyuan_15_train(graph: Graph, dit: Node, vae: Node, text: Node, name: str, **latents: Any) -> Node:
+def _hunyuan_15_train(graph: Graph, model: Node, vae: Node, text: Node, name: str, **latents: Any) -> Node:
     """From a folder to a LORAID; `latents` are further inputs of the node that caches them."""
     data = graph.add(1, "VideoLoRADatasetFolder", caption_extension=".txt", width=848, height=480, frames="49", repeats=1,
                      batch_size=1, buckets=True, extraction="head", folder="character_1")  # fmt: skip
     cached = graph.add(1, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0], **latents)
     captions = graph.add(1, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
-    loraid = graph.add(1, "VideoLoRASelectLORAID", dit=dit[0], loraid=1, units_per_id=12, unit="slot")
+    loraid = graph.add(1, "VideoLoRASelectLORAID", dit=model[0], loraid=1, units_per_id=12, unit="slot")
     network = graph.add(2, "VideoLoRANetworkSettings", rank=32, alpha=32.0)
     optimizer = graph.add(2, "VideoLoRAOptimizerSettings", learning_rate=1e-4, weight_decay=0.01, warmup_steps=0,
                           gradient_accumulation=1, max_grad_norm=1.0)  # fmt: skip
-    return graph.add(2, "VideoLoRATrain", dit=dit[0], latents=cached[0], text=captions[0], name=name, steps=1000, seed=42,
+    return graph.add(2, "VideoLoRATrain", dit=model[0], latents=cached[0], text=captions[0], name=name, steps=1000, seed=42,
                      loraid=loraid[0], network=network[0], optimizer=optimizer[0])  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class Train(io.ComfyNode):
         network = settings.get("network", NetworkSettings())
         rows = network.chosen(dit.matrices, allocate(dit.matrices, loraid).rows if loraid else None)
         if network.start_from:
-            read_start(network, rows, dit.matrices, dit.variant.title)
+            read_start(network, rows, dit.matrices, dit.variant.title, dit.family.lora_names)
         optimizer = settings.get("optimizer", OptimizerSettings())
         optimizer.kind.check_installed()
         optimizer.check(steps)

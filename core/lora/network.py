@@ -18,6 +18,7 @@ from .factors import Factors
 from .files import LoRAFile
 from .inventory import Matrix
 from .loraid import Rows
+from .names import LoRANames
 from .patterns import check_patterns, chosen
 
 _MOST_LOHA_RANK = 64  # it reaches the rank of a LoRA of 4096, and costs what that costs
@@ -104,9 +105,10 @@ class NetworkSettings:
 
 def make_adapters(
     dit: nn.Module, rows: Mapping[str, Rows], settings: NetworkSettings, matrices: Sequence[Matrix], title: str,
-    seed: int,
+    seed: int, names: LoRANames | None = None,
 ) -> dict[str, Adapter]:  # fmt: skip
-    """The adapters to train on a share: fresh ones, or those of the file to start from. `title` names the model.
+    """The adapters to train on a share: fresh ones, or those of the file to start from. `title` names the model, `names` are
+    its family's.
 
     Raises ValueError when that file does not fit.
     """
@@ -114,7 +116,7 @@ def make_adapters(
         dit, rows, settings.rank, settings.alpha, seed, kind=settings.kind, factor=settings.factor
     )
     if settings.start_from:
-        file = read_start(settings, rows, matrices, title)
+        file = read_start(settings, rows, matrices, title, names)
         for name, adapter in adapters.items():
             _copy(adapter, file.factors[name], f"{file.path.name}, '{name}'")
     for adapter in adapters.values():
@@ -122,7 +124,8 @@ def make_adapters(
     return adapters
 
 
-def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Sequence[Matrix], title: str) -> LoRAFile:
+def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Sequence[Matrix], title: str,
+               names: LoRANames | None = None) -> LoRAFile:  # fmt: skip
     """The file to start from. Raises ValueError when it does not fit the share, the kind and the rank.
 
     All or nothing: what would silently start afresh, or be lost, is an error.
@@ -130,7 +133,7 @@ def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Se
     path = Path(settings.start_from)
     if fingerprint(path) != settings.start_fingerprint:
         raise ValueError(f"{path.name}, the LoRA to start from, was changed. Queue the training again.")
-    file = files.read(path, matrices, title)
+    file = files.read(path, matrices, title, names)
     if file.unmatched:
         raise ValueError(
             f"{path.name} cannot be gone on from: {len(file.unmatched)} of its keys fit no matrix of this model "

@@ -360,7 +360,7 @@ def test_words_in_quotes_are_the_glyphs():
 def qwen_weights(dim=128, depth=4, rows=152064):
     """A small Qwen2.5-VL in the names of its files, with a part that looks at images."""
     shapes = {"model.embed_tokens.weight": (rows, dim), "model.norm.weight": (dim,), "lm_head.weight": (2, 2),
-              "visual.patch_embed.proj.weight": (2, 3, 2, 14, 14)}  # fmt: skip
+              "visual.patch_embed.proj.weight": (1280, 3, 2, 14, 14)}  # fmt: skip
     for i in range(depth):
         layer = f"model.layers.{i}"
         shapes |= {f"{layer}.self_attn.{name}_proj.weight": (dim, dim) for name in "qkvo"}
