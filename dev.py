@@ -4,7 +4,7 @@
     python dev.py test         the whole test suite; further words go to pytest
     python dev.py serve        ComfyUI with the pack and the small models, to try by hand; further words go to ComfyUI
     python dev.py bench NAME   a benchmark from benchmarks/; further words go to it
-    python dev.py workflows    write workflows/ anew from devtools/workflows.py
+    python dev.py generate     write workflows/, help pages and translations anew, after a change of the nodes
 
 The first of them makes .venv and .dev, which hold all that is installed, unpacked and made.
 """
@@ -41,7 +41,7 @@ OPTIONAL = [
 
 
 def main(words: list[str]) -> int:
-    commands = {"demo": demo, "test": test, "serve": serve, "bench": bench, "workflows": workflows}
+    commands = {"demo": demo, "test": test, "serve": serve, "bench": bench, "generate": generate}
     if not words or words[0] not in commands:
         print(__doc__)
         return 2
@@ -76,8 +76,8 @@ def bench(words: list[str]) -> int:
     return run(PYTHON, ROOT / "benchmarks" / f"{words[0]}.py", *words[1:])
 
 
-def workflows(words: list[str]) -> int:
-    return run(PYTHON, ROOT / "devtools" / "workflows.py", *words)
+def generate(words: list[str]) -> int:
+    return run(PYTHON, ROOT / "devtools" / "generate.py", *words)
 
 
 def set_up() -> None:

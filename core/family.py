@@ -76,7 +76,8 @@ class Variant:
     models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
     cannot be used; `shift_at` names sizes (width, height) with a flow shift of their own, `few_steps_shift` is that of
     samplings of less than `few_steps` steps. `embedded_guidance` is told to the model and costs nothing; 0 where it takes
-    none. `training_sampling` is how noise levels are best drawn in training (see `training/timesteps.py`)."""
+    none. `training_sampling` is how noise levels are best drawn in training (see `training/timesteps.py`). `file_word`
+    stands in the names of its files, for releases that have the same tensors."""
 
     name: str
     title: str
@@ -95,6 +96,7 @@ class Variant:
     expert: str = ""
     boundary: float = 0.0
     unusable: str = ""
+    file_word: str = ""
 
     def shift_for(self, width: int, height: int, steps: int) -> float:
         """The flow shift for videos of this size in pixels, made in so many steps."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from .modules.quantized import FP8, Stored, Storing, restored
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 # A scaled fp8 weight is stored beside the factor that restores it (facts of the format: W = fp8 * scale).
-SCALES = ("scale_weight", "weight_scale")
+SCALES = ("scale_weight", "weight_scale", "fp8_scale")
+_FP8_MAP = "_map.pt"  # Tencent's fp8 .pt files have the factors of their layers in a file of their own
 _NO_WEIGHTS = ("scaled_fp8", "spiece_model", "tokenizer", "tokenizer_json")
 _NO_WEIGHT_SUFFIXES = (".comfy_quant", ".position_ids", ".scale_input", ".input_scale")
 
@@ -137,22 +138,71 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path.name} is not a model file: expected one of {', '.join(SUFFIXES)}.")
     if path.suffix.lower() != ".safetensors":
         tensors = torch_file.load(path)
+        if (factors := _factor_file(path, tensors)) is not None:
+            tensors |= _by_weight(torch_file.load(factors))
         infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
         return Checkpoint(path, infos, {}, tensors.__getitem__)
-    infos, homes, metadata = {}, {}, {}
-    for shard in shards(path):
-        header = safetensors.read_header(shard)
-        infos.update(header.tensors)
-        metadata.update(header.metadata)
-        homes.update(dict.fromkeys(header.tensors, shard))
-    if not infos:
-        raise ValueError(f"{path.name} holds no tensors.")
+    infos, homes, metadata = read_header(path)
 
     def read(name: str) -> Tensor:
         with open(homes[name], "rb") as file:
             return safetensors.read_tensor(file, infos[name])
 
     return Checkpoint(path, infos, metadata, read)
+
+
+class Header(NamedTuple):
+    """What a checkpoint holds, where it lies (`homes`: the file of each tensor), and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    homes: dict[str, Path]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The byte ranges of all tensors of a model file, or of all the shards it belongs to, with their names in the file.
+
+    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
+    """
+    whole = Header({}, {}, {})
+    if path.suffix.lower() != ".safetensors":
+        parts = [(path, torch_file.read_header(path))]
+        if (factors := _factor_file(*parts[0])) is not None:
+            parts.append((factors, _by_weight(torch_file.read_header(factors))))
+    else:
+        parts = []
+        for shard in shards(path):
+            header = safetensors.read_header(shard)
+            parts.append((shard, header.tensors))
+            whole.metadata.update(header.metadata)
+    for home, tensors in parts:
+        whole.tensors.update(tensors)
+        whole.homes.update(dict.fromkeys(tensors, home))
+    if not whole.tensors:
+        raise ValueError(f"{path.name} holds no tensors.")
+    return whole
+
+
+def _factor_file(path: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> Path | None:
+    """The file with the factors of the fp8 weights of a .pt file that has none itself."""
+    if path.suffix.lower() != ".pt" or any(name.endswith(SCALES) for name in tensors):
+        return None
+    if not any(value.dtype in FP8 for value in tensors.values()):
+        return None
+    factors = path.with_name(path.stem + _FP8_MAP)
+    if not factors.is_file():
+        raise FileNotFoundError(
+            f"{path.name} holds fp8 weights, whose factors are in a second file: put {factors.name} beside it, or use a "
+            "safetensors version of the model."
+        )
+    return factors
+
+
+_Value = TypeVar("_Value", Tensor, TensorInfo)
+
+
+def _by_weight(by_layer: Mapping[str, _Value]) -> dict[str, _Value]:
+    return {f"{layer}.weight_scale": factor for layer, factor in by_layer.items()}
 
 
 def shards(path: Path) -> list[Path]:

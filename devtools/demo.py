@@ -27,6 +27,7 @@ SMALL = {
     "VideoLoRASaveSettings": {"every_steps": 0},
     "VideoLoRATrain": {"steps": 160},
     "VideoLoRAEmptyLatent": {**SIZE, "frames": FRAMES},
+    "VideoLoRALoadFrames": {**SIZE, "frames": FRAMES},
     "VideoLoRAEncodeImage": {**SIZE, "frames": FRAMES},
     "VideoLoRAFlowSchedule": {"steps": 20, "shift": 3.0},
     "VideoLoRASample": {"guidance": 3.0},

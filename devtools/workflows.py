@@ -1,17 +1,12 @@
-"""The example workflows: one description each, from which the editor's file and the API's file are made.
-
-python devtools/workflows.py        writes workflows/*.json and workflows/api/*.json, asking a real ComfyUI about the nodes
-"""
+"""The example workflows: one description each, from which the editor's file and the API's file are made."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "workflows"
 _WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
 
 
@@ -459,9 +454,8 @@ The strength says how much is made anew: 1 everything, 0 nothing; 0.5 to 0.8 kee
 
 {FILES}""")
     dit, vae, text = _opened(graph)
-    video = graph.add(1, "LoadVideo", size=(_WIDTH, 330), file="video.mp4")
-    parts = graph.add(1, "GetVideoComponents", video=video[0])
-    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=parts[0])
+    video = graph.add(1, "VideoLoRALoadFrames", dit=dit[0], source="video.mp4", width=832, height=480, frames=81)
+    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=video[0])
     schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=30, shift=0.0, solver="unipc")
     sampled = graph.add(3, "VideoLoRASample", dit=dit[0], **_prompts(graph, 2, text), latent=latent[0],
                         schedule=schedule[0], guidance=0.0, seed=0, strength=0.7)  # fmt: skip
@@ -532,9 +526,9 @@ def _hunyuan_files(dit: str) -> str:
 - `models/text_encoders/{LLAMA}` and `{CLIP_L}`"""
 
 
-def _hunyuan(graph: Graph, dit: str = HUNYUAN, variant: str = "auto") -> tuple[Node, Node, Node]:
+def _hunyuan(graph: Graph, dit: str = HUNYUAN) -> tuple[Node, Node, Node]:
     """Model, VAE and text encoder."""
-    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant=variant)
+    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant="auto")
     vae = graph.add(0, "VideoLoRALoadVAE", model=HUNYUAN_VAE)
     llm = graph.add(0, "VideoLoRALoadLLM", model=LLAMA)
     return model, vae, graph.add(0, "VideoLoRALoadCLIP", llm=llm[0], model=CLIP_L)
@@ -581,14 +575,22 @@ The strength says how much is made anew: 1 everything, 0 nothing; 0.5 to 0.8 kee
 
 {_hunyuan_files(HUNYUAN)}""")
     dit, vae, text = _hunyuan(graph)
-    video = graph.add(1, "LoadVideo", size=(_WIDTH, 330), file="video.mp4")
-    parts = graph.add(1, "GetVideoComponents", video=video[0])
-    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=parts[0])
+    shot = HUNYUAN_SHOT
+    video = graph.add(
+        1,
+        "VideoLoRALoadFrames",
+        dit=dit[0],
+        source="video.mp4",
+        width=shot.width,
+        height=shot.height,
+        frames=shot.frames,
+    )
+    latent = graph.add(1, "VideoLoRAEncodeVideo", vae=vae[0], frames=video[0])
     prompt = graph.add(1, "VideoLoRAEncodeText", "Prompt", text_encoder=text[0], prompt=PROMPT)
-    schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=HUNYUAN_SHOT.steps, shift=0.0, solver="euler")
+    schedule = graph.add(2, "VideoLoRAFlowSchedule", dit=dit[0], steps=shot.steps, shift=0.0, solver="euler")
     sampled = graph.add(2, "VideoLoRASample", dit=dit[0], positive=prompt[0], latent=latent[0], schedule=schedule[0], guidance=0.0,
                         seed=0, strength=0.7)  # fmt: skip
-    _saved(graph, 3, vae, sampled[0], "video/hunyuan_v2v", HUNYUAN_SHOT.fps)
+    _saved(graph, 3, vae, sampled[0], "video/hunyuan_v2v", shot.fps)
     return graph
 
 
@@ -598,7 +600,7 @@ Its file has the same tensors as HunyuanVideo's, so its variant is chosen in the
 guidance 6 with the negative prompt, embedded guidance 1.
 
 {_hunyuan_files(SKYREELS)}""")
-    dit, vae, text = _hunyuan(graph, SKYREELS, "skyreels-v1-t2v")
+    dit, vae, text = _hunyuan(graph, SKYREELS)
     _sampling(graph, 1, dit, dit[0], text, vae, "FPS-24, " + PROMPT, "video/skyreels_t2v", shot=SKYREELS_SHOT)
     return graph
 
@@ -791,25 +793,11 @@ WORKFLOWS = {
 }  # fmt: skip
 
 
-def files(info: dict[str, dict]) -> dict[Path, str]:
+def files(info: dict[str, dict]) -> dict[str, str]:
     """Path below workflows/ -> content, for all workflows; `info` is ComfyUI's /object_info."""
     made = {}
     for name, make in WORKFLOWS.items():
         graph = make()
-        made[Path(f"{name}.json")] = json.dumps(graph.editor(info), indent=1) + "\n"
-        made[Path("api") / f"{name}.json"] = json.dumps(graph.api(info), indent=1) + "\n"
+        made[f"{name}.json"] = json.dumps(graph.editor(info), indent=1) + "\n"
+        made[f"api/{name}.json"] = json.dumps(graph.api(info), indent=1) + "\n"
     return made
-
-
-def main() -> None:
-    import server
-
-    with server.running(server.prepare()) as running:
-        for path, content in files(running.get("/object_info")).items():
-            (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
-            (FOLDER / path).write_text(content, encoding="utf-8")
-            print(f"wrote workflows/{path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
-from .latents import Decode, EmptyLatent, EncodeVideo, LoadLatents, SaveLatents
+from .latents import Decode, EmptyLatent, EncodeVideo, LoadFrames, LoadLatents, SaveLatents
 from .loaders import (
     LoadByT5,
     LoadCLIP,
@@ -42,7 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,
     MemorySettingsNode, SaveSettingsNode, WatchSettingsNode, PreviewSettingsNode, MemoryPlan, Train,
-    EncodeText, PromptList, EncodeImage, EncodeVideo, EmptyLatent, FlowSchedule, CFGSkip, SkipLayerGuidance, SamplingMemory, Sample,
+    EncodeText, PromptList, EncodeImage, LoadFrames, EncodeVideo, EmptyLatent, FlowSchedule, CFGSkip, SkipLayerGuidance, SamplingMemory, Sample,
     Decode, SaveLatents, LoadLatents,
     LoadLoRA, ApplyLoRA, MergeLoRA, UnmergeLoRA,
     ConvertLoRA, ResizeLoRA, ExtractLoRA, PostHocEMA, BlendLoRA, InspectLoRA,

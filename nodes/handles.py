@@ -20,7 +20,7 @@ from comfy_api.latest import io
 
 from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
 from ..core.devices import compute_dtype, free_memory
-from ..core.families import FAMILIES, check_size, open_part
+from ..core.families import FAMILIES, check_size, open_part, variant_of
 from ..core.family import VAE, Family, Kind, Part, TextEncoder, Tokenizer, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
 from ..core.io.safetensors import read_header
@@ -284,15 +284,12 @@ class DiTFile(ModelFile):
 
     @classmethod
     def open(cls, path: Path, variant: str) -> DiTFile:
-        """Check the file. `variant` is a release's name, or 'auto' for the most likely one."""
+        """Check the file. `variant` is as `variant_of` takes it."""
         checkpoint, part = open_part(path, "dit")
-        if variant not in ("auto", *part.variants):
-            raise ValueError(f"{path.name} is no {variant}: its tensors are those of {' or '.join(part.variants)}.")
-        family = FAMILIES[part.family]
-        chosen = family.variants[part.variants[0] if variant == "auto" else variant]
+        chosen = variant_of(path, part, variant)
         if chosen.unusable:
             raise ValueError(f"{chosen.title} is recognised, but cannot be used: {chosen.unusable}.")
-        matrices = tuple(inventory(family, checkpoint.shapes(part.keymap)))
+        matrices = tuple(inventory(FAMILIES[part.family], checkpoint.shapes(part.keymap)))
         return cls(path, part, variant=chosen, prefix=checkpoint.prefix, matrices=matrices)
 
     @property

@@ -6,6 +6,8 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 
+from ..core.data.media import UnreadableMedia, probe, read_windows
+from ..core.data.windows import Window
 from ..core.io import latents as latent_files
 from ..core.sampling.sample import decode
 from ..core.shapes import VideoSize
@@ -57,7 +59,7 @@ class EncodeVideo(io.ComfyNode):
             "stays.",
             inputs=[
                 handles.Vae.Input("vae", tooltip="The VAE of the model."),
-                io.Image.Input("frames", tooltip="The frames, in order, from Get Video Components or Load Image. Frames at the end "
+                io.Image.Input("frames", tooltip="The frames, in order, from Load Video Frames or Get Video Components. Frames at the end "
                                "that make no whole latent frame (4n+1) are left out; sides are cut to a multiple of 16."),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent")],
@@ -75,6 +77,62 @@ class EncodeVideo(io.ComfyNode):
         model = vae.load(size)
         video = kept.movedim(-1, 0).unsqueeze(0).to(mm.get_torch_device(), vae.dtype).mul_(2).sub_(1)  # (1, 3, F, H, W)
         return io.NodeOutput({"samples": model.encode(video).float().to(mm.intermediate_device())})
+
+
+class LoadFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadFrames",
+            display_name="Load Video Frames",
+            category=CATEGORY,
+            description="The frames of a video, or of a folder of images, as the model wants them: at its frame rate, resized to "
+            "cover the size and cropped to its middle.",
+            inputs=[
+                handles.DiT.Input("dit", tooltip="The model, which decides the frame rate."),
+                io.Combo.Input("source", options=paths.clips(), upload=io.UploadType.video,
+                               tooltip="A video in ComfyUI's input folder, or a folder of images below it, which are frames in "
+                               "the order of their names."),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Width in pixels."),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Height in pixels."),
+                io.Int.Input("frames", default=81, min=1, max=1001, step=4,
+                             tooltip="Number of frames, 4n+1. Of a shorter clip all are taken that make whole latent frames."),
+                io.Int.Input("start", default=0, min=0, max=1_000_000, optional=True, advanced=True,
+                             tooltip="The first frame, counted at the model's frame rate."),
+            ],
+            outputs=[io.Image.Output("images", display_name="frames")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, source, width, height, frames) -> bool | str:
+        try:
+            if source is not None and not paths.data_path(source).exists():
+                return f"'{source}' is not in ComfyUI's input folder."
+        except ValueError as error:
+            return str(error)
+        return handles.checked_size(width, height, frames)
+
+    @classmethod
+    def fingerprint_inputs(cls, source: str = "", **_) -> list:
+        return paths.clip_state(source)
+
+    @classmethod
+    def execute(
+        cls, dit: handles.DiTFile, source: str, width: int, height: int, frames: int, start: int = 0
+    ) -> io.NodeOutput:
+        path, family = paths.data_path(source), dit.family
+        try:
+            there = probe(path, family.fps).frames - start
+            if there < 1:
+                raise ValueError(f"'{source}' has {there + start} frames at {family.fps} per second: start below that.")
+            count = family.latent.frames_at_most(min(frames, there))
+            ((_, images),) = read_windows(path, [Window(start, count)], (width, height), family.fps)
+        except UnreadableMedia as error:
+            raise ValueError(f"'{source}': {error}.") from error
+        if count < frames:
+            say(f"{count} frames: the clip is no longer", cls.hidden.unique_id)
+        return io.NodeOutput(torch.from_numpy(images).float().div_(255))  # (F, H, W, 3)
 
 
 class SaveLatents(io.ComfyNode):

@@ -33,9 +33,9 @@ class LoadDiT(io.ComfyNode):
                 io.Combo.Input("model", options=paths.model_files("diffusion_models"),
                                tooltip="A file in ComfyUI's models/diffusion_models, official or ComfyUI layout."),
                 io.Combo.Input("variant", options=["auto", *variants], default="auto",
-                               tooltip="Only where the file itself cannot tell, such as Wan 2.1 14B and the two experts of "
-                               "Wan 2.2, HunyuanVideo and SkyReels V1 T2V, or text and image to video of HunyuanVideo 1.5. It decides defaults "
-                               "(flow shift, guidance)."),
+                               tooltip="Which release it is. Auto: what the tensors say; where several releases have the same "
+                               "(Wan 2.1 14B and the two experts of Wan 2.2, HunyuanVideo and SkyReels V1 T2V, text and image to video "
+                               "of HunyuanVideo 1.5), the one that the file is named after. It decides defaults (flow shift, guidance)."),
             ],
             outputs=[handles.DiT.Output("dit", display_name="dit")],
         )  # fmt: skip

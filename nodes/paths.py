@@ -9,6 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ..core.data.config import CACHE_FOLDER
+from ..core.data.discovery import IMAGES, VIDEOS, media_files
 from ..core.io.files import inside
 from ..core.io.latents import SUFFIX
 from ..core.weights import SUFFIXES, shards
@@ -111,9 +112,22 @@ def shown(path: Path) -> dict[str, str]:
 
 def model_state(folder: str, name: str, belonging: Callable[[Path], Iterable[Path]] = shards) -> list[list]:
     """Changes when one of the files that belong to it is replaced, or another comes."""
+    return _state(lambda: belonging(model_path(folder, name)))
+
+
+def clip_state(name: str) -> list[list]:
+    """Changes when a video does, or one of the images in a folder."""
+
+    def files() -> Iterable[Path]:
+        path = data_path(name)
+        return media_files(path, IMAGES) if path.is_dir() else [path]
+
+    return _state(files)
+
+
+def _state(files: Callable[[], Iterable[Path]]) -> list[list]:
     try:
-        files = belonging(model_path(folder, name))
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files()]
     except (ValueError, OSError):
         return []
 
@@ -121,3 +135,9 @@ def model_state(folder: str, name: str, belonging: Callable[[Path], Iterable[Pat
 def data_folders() -> list[str]:
     """The folders below ComfyUI's input that may hold clips."""
     return [name for name in folder_paths.get_input_subfolders() if CACHE_FOLDER not in name.split("/")]
+
+
+def clips() -> list[str]:
+    """The videos in ComfyUI's input folder, and the folders below it."""
+    root = Path(folder_paths.get_input_directory())
+    return [*sorted(path.name for path in root.glob("*") if path.suffix.lower() in VIDEOS), *data_folders()]

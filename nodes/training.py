@@ -338,7 +338,8 @@ def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any
         lines.append(f"{skipped} steps were skipped, their loss was not finite")
     return {
         "name": job.name, "loraid": job.loraid.number if job.loraid else None, "steps": job.steps,
-        "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "run": str(run.folder),
+        "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "loras": [paths.shown(Path(file)) for file in files],
+        "run": str(run.folder),
         "peak_memory": max((entry["memory"] for entry in metrics), default=0), "loss_by_timestep": bands,
         "validation_loss": validation, "skipped": skipped, "notes": notes,
         "previews": [path.name for path in run.previews()], "text": "\n".join([*lines, *notes[-3:], *files]),

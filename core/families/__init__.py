@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..family import KIND_TITLES, Family, Kind, Part
+from ..family import KIND_TITLES, Family, Kind, Part, Variant
 from ..keymap import find_prefix
 from ..shapes import VideoSize
 from ..weights import Checkpoint, open_checkpoint
@@ -65,3 +65,16 @@ def open_part(path: Path, kind: Kind) -> tuple[Checkpoint, Part]:
             f"{path.name} is a {KIND_TITLES[part.kind]} ({part.title}), not a {KIND_TITLES[kind]}. Choose another file."
         )
     return checkpoint, part
+
+
+def variant_of(path: Path, part: Part, name: str = "auto") -> Variant:
+    """The release that a transformer is taken for: `name`, or with 'auto' one of those that have its tensors: the one that
+    the file is named after, else the most likely. Raises ValueError for one that it cannot be."""
+    variants = FAMILIES[part.family].variants
+    if name in part.variants:
+        return variants[name]
+    if name != "auto":
+        raise ValueError(f"{path.name} is no {name}: its tensors are those of {' or '.join(part.variants)}.")
+    words = path.stem.lower().replace("-", "_")
+    named = (variants[one] for one in part.variants if variants[one].file_word and variants[one].file_word in words)
+    return next(named, variants[part.variants[0]])

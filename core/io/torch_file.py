@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .safetensors import TensorInfo
 
 # torch.load(weights_only=True) could still be made to run code before this version (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
@@ -33,6 +36,34 @@ def load(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError when the file is damaged, holds anything but tensors, or this torch is too old to read it safely.
     """
+    try:
+        return _tensors(path, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return _tensors(path)  # the format from before torch 1.6
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Where the tensors of a torch file lie in it, in the order of their data.
+
+    Raises ValueError as `load` does, and when the file does not hold the values of each tensor one after the other.
+    """
+    with FakeTensorMode():  # torch then tells where the values are instead of reading them
+        tensors = _tensors(path)
+    infos = {}
+    for name, value in tensors.items():
+        storage = value.untyped_storage()
+        if not value.is_contiguous() or not hasattr(storage, "_checkpoint_offset"):
+            raise ValueError(
+                f"{path.name}: '{name}' is stored in a way that cannot be copied. Use the safetensors version of the model."
+            )
+        start = storage._checkpoint_offset + value.storage_offset() * value.element_size()
+        infos[name] = TensorInfo(tuple(value.shape), value.dtype, start, start + value.numel() * value.element_size())
+    return dict(sorted(infos.items(), key=lambda item: item[1].start))
+
+
+def _tensors(path: Path, **how: bool) -> dict[str, Tensor]:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _SAFE_TORCH:
         raise ValueError(
@@ -40,13 +71,10 @@ def load(path: Path) -> dict[str, Tensor]:
             "Update torch to 2.6 or newer, or use the safetensors version of the model."
         )
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)  # the format from before torch 1.6
+        content = torch.load(path, map_location="cpu", weights_only=True, **how)
     except _DAMAGE as error:
+        if "mmap" in str(error) and how:
+            raise
         raise ValueError(
             f"{path.name} cannot be read: it is truncated, is no model file, or holds more than tensors. Get the file again, "
             "or use the safetensors version of the model."

@@ -10,7 +10,7 @@ for that the factor grows, for the row or the matrix that it is for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..io.files import fingerprint
 from ..modules.quantized import FP8
 from .combine import Adding, Combination, Share, adding
 from .loraid import Rows
-from .rewriting import Change, Source, Stored, Target, bands, read_rows, rewritten
+from .rewriting import Change, Piece, Source, Stored, Target, bands, read_rows, rewritten, rows_of
 from .stack import LoadedLoRA
 
 _PROVENANCE = "videolora_merged"
@@ -59,11 +59,12 @@ def _touched(lora: LoadedLoRA) -> dict[str, Rows]:
     return {name: factors.touched for name, factors in lora.file.factors.items() if factors.touched != (0, 0)}
 
 
-def _check_dtype(source: Source, weight: str, scale: str | None) -> None:
+def _check_dtype(source: Source, weight: str) -> None:
     info = source.tensors[weight].info
     if info.dtype not in _DTYPES or len(info.shape) != 2:
         raise ValueError(f"{source.path.name}: '{weight}' is stored as {info.dtype}, which nothing can be added to. Merge into a "
                          "32-bit, 16-bit or fp8 version of the checkpoint.")  # fmt: skip
+    scale = source.scale(weight)
     if scale is not None:
         shape = source.tensors[scale].info.shape
         if shape not in ((), (1,), (1, 1), (info.shape[0],), (info.shape[0], 1)):
@@ -74,124 +75,105 @@ def _check_dtype(source: Source, weight: str, scale: str | None) -> None:
 def _merging(
     source: Source, stack: Sequence[LoadedLoRA], how: Combination, sign: float = 1.0
 ) -> dict[tuple[str, ...], Change]:
-    """For each touched matrix (and its factor, if it has one) what writes it with the deltas, times `sign`."""
+    """For each touched tensor of the file (and its factor, if it has one) what writes it with the deltas, times `sign`."""
     contents = {lora.entry.path: fingerprint(lora.entry.path) for lora in stack}
     shares: dict[str, list[Share]] = {}
     for lora in stack:
         for matrix in _touched(lora):
             share = Share(lora.file.factors[matrix], sign * lora.entry.multiplier, contents[lora.entry.path])
             shares.setdefault(matrix, []).append(share)
-    tensors: dict[str, list[_Window]] = {}
+    deltas: dict[str, list[_Delta]] = {}
     for matrix, of_matrix in shares.items():
-        tensors.setdefault(source.weight(matrix), []).append(_Window(matrix, *source.rows(matrix), of_matrix))
+        for piece in source.pieces(matrix):
+            _check_dtype(source, piece.name)
+            deltas.setdefault(piece.name, []).append(_Delta(source, matrix, piece, of_matrix, how))
     changes: dict[tuple[str, ...], Change] = {}
-    for weight, windows in tensors.items():
+    for weight, of_tensor in deltas.items():
         scale = source.scale(weight)
-        _check_dtype(source, weight, scale)
         if scale is None:
-            changes[weight,] = _Plain(source.tensors[weight], weight, windows, how)
+            changes[weight,] = _Plain(source, weight, of_tensor)
         else:
-            changes[weight, scale] = _Scaled(source, weight, scale, windows, how)
+            changes[weight, scale] = _Scaled(source, weight, scale, of_tensor)
     return changes
 
 
 @dataclass(frozen=True)
-class _Window:
-    """A matrix of the model in rows [start, stop) of a tensor in a file, and what is to be added to it."""
+class _Delta:
+    """What the LoRAs make of a matrix, for one tensor of the file that holds rows of it."""
 
+    source: Source
     matrix: str
-    start: int
-    stop: int
+    piece: Piece
     shares: Sequence[Share]
+    how: Combination
 
-    def inside(self, bands: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """Of bands of the tensor what belongs to the matrix, (first row, rows)."""
-        for first, rows in bands:
-            begin, end = max(self.start, first), min(self.stop, first + len(rows))
-            if begin < end:
-                yield begin - self.start, rows[begin - first : end - first]
+    def adding(self) -> Adding:
+        """Adds to rows of the tensor."""
+        add = adding(self.how, self.matrix, self.shares, lambda: self.source.bands(self.matrix))
+        _, start, stop, row = self.piece
 
+        def to_tensor(band: Tensor, first: int, weight: Tensor, touched: Tensor) -> None:
+            inside = slice(max(start - first, 0), max(stop - first, 0))
+            if len(band[inside]):
+                add(band[inside], max(first, start) - start + row, weight[inside], touched[inside])
 
-def _adding(
-    how: Combination, windows: Sequence[_Window], weights: Callable[[], Iterable[tuple[int, Tensor]]]
-) -> Adding:
-    """The way to add to a whole tensor; `weights` gives all of its bands."""
-    parts = [
-        (window, adding(how, window.matrix, window.shares, lambda window=window: window.inside(weights())))
-        for window in windows
-    ]
-
-    def add(band: Tensor, first: int, weight: Tensor, touched: Tensor) -> None:
-        for window, part in parts:
-            begin, end = max(window.start, first), min(window.stop, first + len(band))
-            if begin < end:
-                rows = slice(begin - first, end - first)
-                part(band[rows], begin - window.start, weight[rows], touched[rows])
-
-    return add
+        return to_tensor
 
 
 @dataclass(frozen=True)
 class _Plain:
-    """Writes a tensor with its LoRAs."""
+    """Writes a tensor with its deltas."""
 
-    stored: Stored
+    source: Source
     weight: str
-    windows: Sequence[_Window]
-    how: Combination
+    deltas: Sequence[_Delta]
 
     def __call__(self, target: Target) -> Iterator[int]:
-        whole = bands(self.stored.info)
-        add = _adding(self.how, self.windows, lambda: ((a, self.read(a, b).float()) for a, b in whole))
-        for first, last in whole:
-            raw = self.read(first, last)
-            summed, touched = _summed(raw.float(), first, add)
+        stored, adds = self.source.tensors[self.weight], [delta.adding() for delta in self.deltas]
+        for first, last in bands(stored.info):
+            raw = read_rows(stored, first, last)
+            summed, touched = _summed(raw.float(), first, adds)
             yield target.write_rows(self.weight, first, _rounded(summed, raw, touched))
-
-    def read(self, first: int, last: int) -> Tensor:
-        return read_rows(self.stored, first, last)
 
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Writes a scaled fp8 tensor with its LoRAs, and its factor."""
+    """Writes a scaled fp8 tensor with its deltas, and its factor."""
 
     source: Source
     weight: str
     scale: str
-    windows: Sequence[_Window]
-    how: Combination
+    deltas: Sequence[_Delta]
 
     def __call__(self, target: Target) -> Iterator[int]:
         stored, info = self.source.tensors[self.weight], self.source.tensors[self.scale].info
         rows, whole = stored.info.shape[0], bands(stored.info)
-        factor = self.source.read(self.scale).float().reshape(-1, 1)
-        old = factor.expand(rows, 1)
+        factor, adds = self.source.factor(self.weight), [delta.adding() for delta in self.deltas]
 
-        def restored(first: int, last: int) -> Tensor:
-            return read_rows(stored, first, last).float() * old[first:last]
+        def summed_rows(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+            raw = read_rows(stored, first, last)
+            return raw, *_summed(raw.float() * rows_of(factor, first, last), first, adds)
 
-        add = _adding(self.how, self.windows, lambda: ((a, restored(a, b)) for a, b in whole))
         largest = torch.zeros(rows, 1)
         for first, last in whole:
-            summed, touched = _summed(restored(first, last), first, add)
+            _, summed, touched = summed_rows(first, last)
             largest[first:last] = summed.abs_().amax(dim=1, keepdim=True) * touched[:, None]
         needed = largest / torch.finfo(stored.info.dtype).max
         new = torch.maximum(factor, needed if len(factor) > 1 else needed.amax(dim=0, keepdim=True))
         new = new.to(info.dtype).float()  # as it will be read
         grown = (new != factor).flatten().expand(rows)
         for first, last in whole:
-            summed, touched = _summed(restored(first, last), first, add)
-            summed /= new.expand(rows, 1)[first:last]
-            raw = read_rows(stored, first, last)
+            raw, summed, touched = summed_rows(first, last)
+            summed /= rows_of(new, first, last)
             yield target.write_rows(self.weight, first, _rounded(summed, raw, touched | grown[first:last]))
         yield target.write(self.scale, new.reshape(info.shape).to(info.dtype))
 
 
-def _summed(full: Tensor, first: int, add: Adding) -> tuple[Tensor, Tensor]:
+def _summed(full: Tensor, first: int, adds: Sequence[Adding]) -> tuple[Tensor, Tensor]:
     """The rows from `first` on in float32 with all deltas, and which of them are touched."""
     delta, touched = torch.zeros_like(full), torch.zeros(len(full), dtype=torch.bool)
-    add(delta, first, full, touched)
+    for add in adds:
+        add(delta, first, full, touched)
     return delta.add_(full), touched
 
 
@@ -315,6 +297,15 @@ def _rows_of(loras: Iterable[Mapping[str, Any]]) -> _Rows:
     return rows
 
 
+def _in_file(source: Source, rows: _Rows) -> _Rows:
+    """The same rows by the tensors of the file."""
+    found: _Rows = {}
+    for matrix, of_matrix in rows.items():
+        for name, span in source.in_file(matrix, of_matrix):
+            found.setdefault(name, []).append(span)
+    return found
+
+
 def _check_subtractable(source: Source, history: list[dict[str, Any]], stack: Sequence[LoadedLoRA]) -> None:
     names = {lora.entry.path.name for lora in stack}
     for merged in history:
@@ -329,26 +320,20 @@ def _check_subtractable(source: Source, history: list[dict[str, Any]], stack: Se
 def _restoring(
     source: Source, base: Source, history: list[dict[str, Any]], left: list[dict[str, Any]], removed: _Rows
 ) -> dict[tuple[str, ...], Change]:
-    """For each matrix what writes the removed rows as the base has them, and the others as the source has them."""
+    """For each tensor what writes the removed rows as the base has them, and the others as the source has them."""
     if history[0]["base_fingerprint"] != fingerprint(base.path):
         raise ValueError(f"{base.path.name} is not what {source.path.name} was made of: that was {history[0]['base']}.")
-    still = {source.weight(name) for name in _rows_of(one for merged in left for one in merged["loras"])}
-    tensors: _Rows = {}
-    for matrix, of_matrix in removed.items():
-        first, _ = source.rows(matrix)
-        tensors.setdefault(source.weight(matrix), []).extend((first + start, first + stop) for start, stop in of_matrix)
+    still = _in_file(source, _rows_of(one for merged in left for one in merged["loras"]))
     changes: dict[tuple[str, ...], Change] = {}
-    for weight, rows in tensors.items():
+    for weight, of_tensor in _in_file(source, removed).items():
         scale, ours = source.scale(weight), base.tensors[weight]
-        if scale is not None and not torch.equal(source.read(scale), base.read(base.scale(weight))):
+        if scale is not None and not torch.equal(source.read(scale), base.read(scale)):
             if weight in still:
                 raise ValueError(f"the fp8 factor of '{weight}' has grown with the merge, and other LoRAs are merged into it too: "
                                  "unmerge all of them, and merge those again that are to stay.")  # fmt: skip
-            changes[weight, scale] = _Copied(
-                weight, source, ours, [(0, ours.info.shape[0])], scale, base.read(base.scale(weight))
-            )
+            changes[weight, scale] = _Copied(weight, source, ours, [(0, ours.info.shape[0])], scale, base.read(scale))
         else:
-            changes[weight,] = _Copied(weight, source, ours, rows)
+            changes[weight,] = _Copied(weight, source, ours, of_tensor)
     return changes
 
 

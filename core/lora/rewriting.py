@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from ..io import safetensors
 from ..io.safetensors import TensorInfo
 from ..modules.quantized import FP8
 from ..prefetch import parallel
-from ..weights import SCALES, shards
+from ..weights import SCALES, View, read_header
+from .loraid import Rows
 
 _COPY_BYTES = 32 << 20  # of untouched data at a time
 _WORKERS = min(4, os.cpu_count() or 1)
@@ -34,44 +36,70 @@ class Stored:
     info: TensorInfo
 
 
+class Piece(NamedTuple):
+    """Rows of a matrix of the model, where they lie in the file: from row `start` on in tensor `name`, up to row `stop`;
+    in the matrix they begin at row `first`."""
+
+    name: str
+    start: int
+    stop: int
+    first: int
+
+
 class Source:
-    """A checkpoint of one or several safetensors files; `prefix` stands before the model's names in it."""
+    """A checkpoint as it lies in its file or files; `prefix` stands before the model's names in it."""
 
     def __init__(self, path: Path, prefix: str, part: Part) -> None:
-        if path.suffix.lower() != ".safetensors":
-            raise ValueError(f"{path.name}: only safetensors checkpoints can be merged into.")
-        if any(len(view.pieces) > 1 for view in part.views.values()):
-            raise ValueError(f"{path.name} divides the model's matrices otherwise, as diffusers does: merge into the official or "
-                             "ComfyUI's version of the checkpoint.")  # fmt: skip
         self.path, self.prefix, self.part = path, prefix, part
-        self.metadata: dict[str, str] = {}
-        self.tensors: dict[str, Stored] = {}
-        for shard in shards(path):
-            header = safetensors.read_header(shard)
-            self.metadata |= header.metadata
-            self.tensors |= {name: Stored(shard, info) for name, info in header.tensors.items()}
+        header = read_header(path)
+        self.metadata = header.metadata
+        self.tensors = {name: Stored(home, header.tensors[name]) for name, home in header.homes.items()}
 
-    def weight(self, matrix: str) -> str:
-        """The name in the file of the tensor that holds a matrix of the model, alone or with others."""
+    def pieces(self, matrix: str) -> list[Piece]:
+        """Where the rows of a matrix of the model are: in one tensor, or in several where the file divides it otherwise."""
         name = f"{matrix}.weight"
-        if self.part.views:
-            return self.prefix + self.part.views[name].pieces[0][0]
-        return self.prefix + self.part.keymap.to_file(name)
+        view = self.part.views.get(name)
+        if view is None:
+            source = self.part.keymap.to_file(name)
+            view = View.of(self.tensors[self.prefix + source].info.shape, source)
+        pieces, first = [], 0
+        for source, rows in view.pieces:
+            full = self.prefix + source
+            start, stop, _ = rows.indices(self.tensors[full].info.shape[0])
+            pieces.append(Piece(full, start, stop, first))
+            first += stop - start
+        return pieces
 
-    def rows(self, matrix: str) -> tuple[int, int]:
-        """The rows [start, stop) of that tensor which are the matrix."""
-        total = self.tensors[self.weight(matrix)].info.shape[0]
-        if self.part.views:
-            start, stop, _ = self.part.views[f"{matrix}.weight"].pieces[0][1].indices(total)
-            return start, stop
-        return 0, total
+    def in_file(self, matrix: str, rows: Sequence[Rows]) -> Iterator[tuple[str, Rows]]:
+        """Rows [start, stop) of a matrix as rows of tensors of the file."""
+        for piece in self.pieces(matrix):
+            moved = piece.start - piece.first
+            for start, stop in rows:
+                start, stop = max(start + moved, piece.start), min(stop + moved, piece.stop)
+                if start < stop:
+                    yield piece.name, (start, stop)
 
-    def scale(self, weight: str) -> str | None:
+    def scale(self, name: str) -> str | None:
         """The name of the factor of a scaled fp8 tensor."""
-        if self.tensors[weight].info.dtype not in FP8:
+        if self.tensors[name].info.dtype not in FP8:
             return None
-        names = (weight.removesuffix("weight") + scale for scale in SCALES)
+        names = (name.removesuffix("weight") + scale for scale in SCALES)
         return next((name for name in names if name in self.tensors), None)
+
+    def factor(self, name: str) -> Tensor | None:
+        """The factor of a scaled fp8 tensor in float32, (1, 1) or (rows, 1)."""
+        scale = self.scale(name)
+        return None if scale is None else self.read(scale).float().reshape(-1, 1)
+
+    def bands(self, matrix: str) -> Iterator[tuple[int, Tensor]]:
+        """A matrix of the model in bands: (first row, the rows in float32)."""
+        for name, start, stop, row in self.pieces(matrix):
+            stored, factor = self.tensors[name], self.factor(name)
+            for first, last in bands(stored.info):
+                first, last = max(first, start), min(last, stop)
+                if first < last:
+                    band = read_rows(stored, first, last).float()
+                    yield row + first - start, band if factor is None else band * rows_of(factor, first, last)
 
     def read(self, name: str) -> Tensor:
         stored = self.tensors[name]
@@ -184,6 +212,11 @@ def bands(info: TensorInfo, elements: int = 1 << 20) -> Sequence[tuple[int, int]
     rows, columns = info.shape
     step = max(1, elements // columns)
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def rows_of(factor: Tensor, first: int, last: int) -> Tensor:
+    """The part of a factor, (1, 1) or (rows, 1), that rows [first, last) have."""
+    return factor if len(factor) == 1 else factor[first:last]
 
 
 def read_rows(stored: Stored, first: int, last: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from ..checks import require
-from ..families import FAMILIES, open_part
+from ..families import FAMILIES, open_part, variant_of
 from ..family import Family, Part, Variant
 from . import blend, ema, files, resize
 from .files import LoRAFile
@@ -34,7 +34,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A Model by its file. `variant` is a release's name, or 'auto' for the most likely one."""
+    """A Model by its file."""
 
     path: Path
     part: Part
@@ -44,12 +44,10 @@ class OpenedModel:
 
     @classmethod
     def open(cls, path: Path, variant: str = "auto") -> OpenedModel:
+        """Check the file. `variant` is as `variant_of` takes it."""
         checkpoint, part = open_part(path, "dit")
-        require(variant in ("auto", *part.variants),
-                f"{path.name} is no {variant}: its tensors are those of {' or '.join(part.variants)}.")  # fmt: skip
-        family = FAMILIES[part.family]
-        chosen = family.variants[part.variants[0] if variant == "auto" else variant]
-        return cls(path, part, checkpoint.prefix, chosen, tuple(inventory(family, checkpoint.shapes(part.keymap))))
+        matrices = inventory(FAMILIES[part.family], checkpoint.shapes(part.keymap))
+        return cls(path, part, checkpoint.prefix, variant_of(path, part, variant), tuple(matrices))
 
     @property
     def family(self) -> Family:

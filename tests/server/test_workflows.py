@@ -3,11 +3,14 @@
 import av
 import client
 import demo
+import generate
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+from server import ROOT
 
+import locales
 import workflows
 
 from .conftest import STEPS, node, summary, training
@@ -99,10 +102,20 @@ def test_merging_gives_a_checkpoint_that_samples_as_the_stack_does(server, train
 
 
 def test_the_shipped_files_are_those_of_their_description(info):
-    for path, content in workflows.files(info).items():
-        assert (workflows.FOLDER / path).read_text(encoding="utf-8") == content, (
-            f"run: python dev.py workflows ({path})"
-        )
+    made = generate.files(info)
+    for path, content in made.items():
+        assert (ROOT / path).read_text(encoding="utf-8") == content, f"run: python dev.py generate ({path})"
+    for folder in ("workflows", "workflows/api", "web/docs", "locales/ja", "locales/zh"):
+        for path in (ROOT / folder).iterdir():
+            known = f"{folder}/{path.name}" in made or path.is_dir() or path.suffix == ".jpg"
+            assert known, f"nothing makes {folder}/{path.name}"
+
+
+def test_every_text_of_the_nodes_is_translated(info):
+    ours = {name: node for name, node in info.items() if name.startswith("VideoLoRA")}
+    known = locales.translations()
+    assert not locales.texts(ours) - known.keys(), "put these into devtools/translations.json"
+    assert all(len(others) == len(locales.LANGUAGES) and all(others) for others in known.values())
 
 
 @pytest.mark.parametrize("name", workflows.WORKFLOWS)
@@ -122,7 +135,7 @@ def test_the_api_form_asks_for_nothing_that_the_nodes_lack(info):
 
 def test_every_input_has_a_tooltip_and_every_node_a_description(info):
     ours = {name: entry for name, entry in info.items() if name.startswith("VideoLoRA")}
-    assert len(ours) == 50
+    assert len(ours) == 51
     for name, entry in ours.items():
         assert entry["description"], name
         for group in entry["input"].values():

@@ -30,15 +30,16 @@ _SKYREELS_NEGATIVE = (
 
 
 def _variant(name: str, title: str, size: VideoSize = _720P, *, guidance: float = 1.0, embedded_guidance: float = 6.0,
-             negative_prompt: str = "", images: ImageInput | None = None, unusable: str = "") -> Variant:  # fmt: skip
+             negative_prompt: str = "", images: ImageInput | None = None, unusable: str = "",
+             file_word: str = "") -> Variant:  # fmt: skip
     return Variant(name=name, title=title, size=size, steps=50, sampling_shift=7.0, few_steps=20, few_steps_shift=17.0,
                    guidance=guidance, embedded_guidance=embedded_guidance, training_shift=7.0,
-                   negative_prompt=negative_prompt, images=images, unusable=unusable)  # fmt: skip
+                   negative_prompt=negative_prompt, images=images, unusable=unusable, file_word=file_word)  # fmt: skip
 
 
 def _skyreels(name: str, title: str, images: ImageInput | None = None) -> Variant:
     return _variant(name, title, _SKYREELS, guidance=6.0, embedded_guidance=1.0, negative_prompt=_SKYREELS_NEGATIVE,
-                    images=images)  # fmt: skip
+                    images=images, file_word="skyreels")  # fmt: skip
 
 
 T2V, I2V, SKYREELS_T2V, SKYREELS_I2V = "hunyuan-t2v", "hunyuan-i2v-v1", "skyreels-v1-t2v", "skyreels-v1-i2v"

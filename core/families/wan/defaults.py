@@ -44,7 +44,7 @@ def _variant(name: str, title: str, size: VideoSize = _720P, *, steps: int = 50,
              boundary: float = 0.0, shift_at: Mapping[tuple[int, int], float] | None = None, unusable: str = "") -> Variant:  # fmt: skip
     return Variant(name=name, title=title, size=size, steps=steps, sampling_shift=shift, guidance=guidance,
                    training_shift=training_shift, negative_prompt=NEGATIVE, images=images, expert=expert, boundary=boundary,
-                   shift_at=shift_at or {}, unusable=unusable)  # fmt: skip
+                   shift_at=shift_at or {}, unusable=unusable, file_word=f"{expert}_noise" if expert else "")  # fmt: skip
 
 
 VARIANTS = {

@@ -3,10 +3,10 @@
 import pytest
 import reference
 import torch
+from layouts import in_comfyuis_names, in_diffusers_names, in_module
 from safetensors.torch import save_file
-from videolora.core.families import FAMILIES, open_part, recognise
+from videolora.core.families import FAMILIES, open_part, recognise, variant_of
 from videolora.core.families.hunyuan_video import text, vae
-from videolora.core.families.hunyuan_video.checkpoint import _DIFFUSERS, _DIFFUSERS_BLOCKS, COMFYUI
 from videolora.core.families.hunyuan_video.defaults import IMAGE, LLM, LLM_MASK, POOLED, POOLED_MASK, START
 from videolora.core.family import GUIDANCE
 from videolora.core.lora.inventory import blocks_of, inventory
@@ -53,32 +53,6 @@ def test_the_transformer_gives_the_reference_velocity_for_prompts_of_different_l
     tensors, dit = loaded(tmp_path, name, "dit")
     assert tensors["text_mask"].sum(1).tolist() == [9, 5]
     assert reference.relative_error(velocity(dit, tensors), tensors["output"]) < 1e-4
-
-
-def in_comfyuis_names(weights):
-    return {"model.model." + COMFYUI.to_file(name): value for name, value in weights.items()}
-
-
-def in_diffusers_names(weights):
-    """The same transformer as diffusers has it."""
-    layers = dict(_DIFFUSERS)
-    for ours, theirs, table in _DIFFUSERS_BLOCKS:
-        for number in range(4):
-            layers |= {f"{ours}.{number}.{a}": tuple(f"{theirs}.{number}.{s}" for s in b) for a, b in table.items()}
-    made, dim = {}, weights["img_in.proj.bias"].shape[0]
-    for name, value in weights.items():
-        layer, kind = name.rsplit(".", 1)
-        if layer == "final_layer.adaLN_modulation.1":
-            made[f"norm_out.linear.{kind}"] = torch.cat(value.chunk(2)[::-1])
-            continue
-        sources = layers[layer]
-        sizes = [dim] * 3 + [len(value) - 3 * dim] * (len(sources) - 3) if len(sources) > 1 else [len(value)]
-        made |= {f"{s}.{kind}": part.clone() for s, part in zip(sources, value.split(sizes), strict=True)}
-    return made
-
-
-def in_module(weights):
-    return {"module": weights}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +209,24 @@ def test_recommended_settings_of_skyreels_come_with_its_checkpoint(tmp_path):
     assert [plain.shift_for(1280, 720, steps) for steps in (10, 19, 20, 50)] == [17.0, 17.0, 7.0, 7.0]
     with pytest.raises(ValueError, match="takes no embedded guidance"):
         FAMILIES["wan"].variants["2.1-t2v-14B"].guidance_states(6.0)
+
+
+@pytest.mark.parametrize(
+    ("file", "asked", "title"),
+    [
+        ("hunyuan_video_t2v_720p_bf16", "auto", "HunyuanVideo T2V"),
+        ("SkyReels-hunyuan-T2V_bf16", "auto", "SkyReels V1 T2V"),
+        ("SkyReels-hunyuan-T2V_bf16", "hunyuan-t2v", "HunyuanVideo T2V"),
+        ("mine", "skyreels-v1-t2v", "SkyReels V1 T2V"),
+    ],
+)
+def test_releases_with_the_same_tensors_are_told_apart_by_name_or_as_the_user_says(file, asked, title, tmp_path):
+    path = tmp_path / f"{file}.safetensors"
+    save_file(reference.vector("hunyuan_video_t2v")[1], path)
+    part = open_part(path, "dit")[1]
+    assert variant_of(path, part, asked).title == title
+    with pytest.raises(ValueError, match=r"is no skyreels-v1-i2v: its tensors are those of hunyuan-t2v or skyreels"):
+        variant_of(path, part, "skyreels-v1-i2v")
 
 
 def some_states(tokens=7, dim=32):
