@@ -684,9 +684,9 @@ def _hunyuan_15_files(dit: str, image: bool = False) -> str:
 - `models/text_encoders/{QWEN}` and `{BYT5}`""" + (f"\n- `models/clip_vision/{SIGLIP}`" if image else "")
 
 
-def _hunyuan_15(graph: Graph, dit: str, variant: str) -> tuple[Node, Node, Node]:
+def _hunyuan_15(graph: Graph, dit: str) -> tuple[Node, Node, Node]:
     """Model, VAE and text encoder."""
-    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant=variant)
+    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant="auto")
     vae = graph.add(0, "VideoLoRALoadVAE", model=HUNYUAN_15_VAE)
     llm = graph.add(0, "VideoLoRALoadQwenVL", model=QWEN)
     return model, vae, graph.add(0, "VideoLoRALoadByT5", llm=llm[0], model=BYT5)
@@ -712,7 +712,7 @@ Put clips and a `.txt` caption for each into `ComfyUI/input/character_1`. What i
 caption. The LoRA is written to `ComfyUI/output/loras`, in the form of which ComfyUI's own loader finds every key.
 
 {_hunyuan_15_files(HUNYUAN_15_T2V)}""")
-    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V, "auto")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V)
     train = _hunyuan_15_train(graph, dit, vae, text, "hunyuan15_character_1")
     applied = graph.add(2, "VideoLoRAApplyLoRA", dit=dit[0], loras=train[0], allow_overlap=False)
     _sampling(graph, 3, dit, applied[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_character_1",
@@ -720,17 +720,18 @@ caption. The LoRA is written to `ComfyUI/output/loras`, in the form of which Com
     return graph
 
 
-_HUNYUAN_15_VARIANT = "text and image to video look alike in the files, so the variant is chosen in the loader"
+_HUNYUAN_15_VARIANT = """Text and image to video look alike in the files: if the file's name does not say which it is, choose the
+variant in the loader."""
 
 
 def hunyuan15_i2v_train() -> Graph:
     graph = Graph(f"""# Train HunyuanVideo 1.5 image-to-video
 Put clips or pictures and a `.txt` caption for each into `ComfyUI/input/character_1`. The model and SigLIP are linked to Cache
-Latents too: what the model is told of each clip's first frame is cached with the latents. Note that
-{_HUNYUAN_15_VARIANT}.
+Latents too: what the model is told of each clip's first frame is cached with the latents.
+{_HUNYUAN_15_VARIANT}
 
 {_hunyuan_15_files(HUNYUAN_15_I2V, image=True)}""")
-    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V, "hunyuan-1.5-i2v-720p")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V)
     vision = graph.add(0, "VideoLoRALoadSigLIP", model=SIGLIP)
     _hunyuan_15_train(graph, dit, vae, text, "hunyuan15_character_1_i2v", dit=dit[0], clip_vision=vision[0])
     return graph
@@ -742,7 +743,7 @@ Words in quotes in the prompt are to be written in the video. Guidance is 6 and 
 file that is guidance-distilled set the guidance to 1.
 
 {_hunyuan_15_files(HUNYUAN_15_T2V)}""")
-    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V, "auto")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V)
     held = graph.add(1, "VideoLoRASamplingMemory", dit=dit[0], precision="fp8_scaled", block_swap=0, attention="sdpa",
                      compile=False)  # fmt: skip
     _sampling(graph, 1, dit, held[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_t2v", shot=HUNYUAN_15_SHOT)
@@ -751,11 +752,11 @@ file that is guidance-distilled set the guidance to 1.
 
 def hunyuan15_i2v_sample() -> Graph:
     graph = Graph(f"""# A video with HunyuanVideo 1.5 that begins with an image
-Choose your own image. It is resized to cover the video and cropped to its middle. Note that
-{_HUNYUAN_15_VARIANT}.
+Choose your own image. It is resized to cover the video and cropped to its middle.
+{_HUNYUAN_15_VARIANT}
 
 {_hunyuan_15_files(HUNYUAN_15_I2V, image=True)}""")
-    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V, "hunyuan-1.5-i2v-720p")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V)
     vision = graph.add(0, "VideoLoRALoadSigLIP", model=SIGLIP)
     image = graph.add(1, "LoadImage", "Start image", (_WIDTH, 330), image="start_image.png")
     _sampling(graph, 2, dit, dit[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_i2v", shot=HUNYUAN_15_SHOT,
