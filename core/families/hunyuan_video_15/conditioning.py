@@ -97,8 +97,9 @@ class ClipVisionOutput:
 
 
 def to_comfyui(states: States) -> tuple[Tensor, dict[str, Any]]:
-    """As ComfyUI's own encoders give it: (1, L, D), and the states of quoted words where there are any."""
-    options = image_options(states)
+    """As ComfyUI's own encoders give it: (1, L, D), and the states of quoted words where there are any. ComfyUI asks for a
+    pooled prompt too, which there is none of."""
+    options = {"pooled_output": None, **image_options(states)}
     if len(states[GLYPH]):
         options["conditioning_byt5small"] = states[GLYPH][None].float()
     return states[TEXT][None].float(), options
