@@ -104,16 +104,15 @@ def comfyuis_widths(weights):
 
 
 def some_lora(path):
-    """A LoRA of what LORAID 2 and 3 own, as trainings write it: not all of a fused matrix."""
+    """A LoRA of what LORAID 2 owns and of modulation, as trainings write it: not all of ComfyUI's fused matrices."""
     checkpoint, part = open_part(path, "dit")
     matrices = inventory(HV15, checkpoint.shapes(part.keymap))
-    rows = {}
-    for number in (2, 3):
-        rows |= loraid.allocate(matrices, loraid.Loraid(number=number, unit="matrix", units_per_id=5)).rows
+    rows = loraid.allocate(matrices, loraid.Loraid(number=2, unit="matrix", units_per_id=7)).rows
+    assert not {"double_blocks.0.txt_attn_q", "double_blocks.1.img_attn_v"} & rows.keys()
     generator = torch.Generator().manual_seed(0)
     factors = {
         m.name: LoRAFactors(0.1 * torch.randn(2, m.columns, generator=generator), 0.1 * torch.randn(m.rows, 2, generator=generator), 2.0)
-        for m in matrices if m.name in rows
+        for m in matrices if m.name in rows or m.modulation
     }  # fmt: skip
     files.save(path.with_name(path.name.split(".")[0] + ".lora"), factors, {}, names=HV15.lora_names)
     return factors
@@ -204,11 +203,11 @@ def test_comfyuis_model_is_told_what_ours_is_of_the_start_image(comfyui, name):
 def test_a_lora_as_trainings_save_it_does_in_comfyuis_own_loader_what_it_does_here(comfyui, name):
     with safe_open(comfyui / f"{name}.made", "pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["unused"]) == [] and int(metadata["patched"]) == 6
+    assert json.loads(metadata["unused"]) == [] and int(metadata["patched"]) == 5 + 4
     given, theirs = load_file(comfyui / f"{name}.given"), load_file(comfyui / f"{name}.made")
     dit, matrices = transformer(comfyui / f"{name}_official.safetensors")
     read = files.read(comfyui / f"{name}.lora", matrices, "", HV15.lora_names)
-    assert not read.unmatched and len(read.factors) == 10
+    assert not read.unmatched and len(read.factors) == 7 + 4
     adapters = {m.name: read.factors[m.name].adapter((0, m.rows)) for m in matrices if m.name in read.factors}
     plain = velocity(dit, given, (0,))
     with attached(dit, adapters):
