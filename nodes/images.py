@@ -79,11 +79,12 @@ def encoded(dit: handles.DiTFile, vae: handles.VAEFile, size: VideoSize, start_i
     images = dit.variant.images
     if images is None:
         raise ValueError(f"{dit.variant.title} is no image-to-video model: leave the image out, or load another model.")
+    if clip_vision is not None and not images.vision:
+        raise ValueError(f"{dit.variant.title} looks at no image with an encoder: take the link to clip vision away.")
     start, end = (None if one is None else _picture(one, size) for one in (start_image, end_image))
     both = end is not None and images.end == "inside"
-    encoder = (
-        None if clip_vision is None else _encoder(dit, clip_vision, both)
-    )  # first: the VAE needs the most room to work
+    # First, as the VAE needs the most room to work.
+    encoder = None if clip_vision is None else _encoder(dit, clip_vision, both)
     (states,) = dit.family.image_states(vae.load(size), encoder, images, start, end, size.frames)
     return states
 

@@ -4,8 +4,9 @@ import client
 import demo
 import pytest
 import reference
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .conftest import node, summary
 from .test_interop import latent_of
@@ -47,7 +48,15 @@ def test_a_loraid_is_trained_and_a_video_sampled_with_it(server, loras):
 
 
 def test_caches_are_made_once_and_hold_what_other_trainers_read(server, loras):
-    graph = client.with_overrides(training("character_1", 1), {"VideoLoRATrain": {"steps": 3}})
+    graph, kinds = training("character_1", 1), ("Load", "DatasetFolder", "CacheLatents", "CacheText")
+    graph = {
+        key: entry
+        for key, entry in graph.items()
+        if entry["class_type"].startswith(tuple(f"VideoLoRA{k}" for k in kinds))
+    }
+    for kind in kinds[2:]:
+        cache = node(graph, f"VideoLoRA{kind}")
+        graph[f"shown_{kind}"] = {"class_type": "PreviewAny", **TITLE, "inputs": {"source": [cache, 1]}}
     outcome = run(server, graph)
     assert outcome.texts[node(graph, "VideoLoRACacheLatents")].startswith("latents: 0 made, 6 up to date")
     assert outcome.texts[node(graph, "VideoLoRACacheText")].startswith("captions: 0 made, 6 up to date")
@@ -57,10 +66,18 @@ def test_caches_are_made_once_and_hold_what_other_trainers_read(server, loras):
     assert glyphs == [0] * 5 + [len('Text "Open". ') + 1]
 
 
-def test_image_to_video_is_trained_from_pictures_too(server):
-    graph = demo.graph("hunyuan15_i2v_train", **QUICK, VideoLoRADatasetFolder={"folder": "pictures_1", "frames": "1"})
+@pytest.mark.parametrize(
+    ("folder", "cached"),
+    [("character_2", "96x64, 13 frames: 6 windows"), ("pictures_1", "96x64, 1 frame: 4 windows")],
+)
+def test_image_to_video_is_trained_from_clips_and_from_pictures(server, folder, cached):
+    graph = demo.graph(
+        "hunyuan15_i2v_train",
+        VideoLoRADatasetFolder={"folder": folder},
+        VideoLoRATrain={"steps": 2, "name": f"hunyuan15_i2v_{folder}"},
+    )
     outcome = run(server, graph)
-    assert "96x64, 1 frame: 4 windows" in outcome.texts[node(graph, "VideoLoRACacheLatents")]
+    assert cached in outcome.texts[node(graph, "VideoLoRACacheLatents")]
     (path,) = summary(outcome)["files"]
     assert all(name.startswith("diffusion_model.double_blocks.") for name in load_file(path))
 
@@ -132,6 +149,14 @@ def test_two_loraids_are_merged_and_sample_as_in_comfyuis_own_loader(server, lor
     run(server, graph)
     assert "lora key not loaded" not in server.log.read_text()[log:]
     assert reference.relative_error(latent_of(server, "hunyuan15_ours"), latent_of(server, "hunyuan15_stock")) < 1e-2
+
+
+def test_a_super_resolution_file_is_refused_by_name(server):
+    folder, name = server.base / "models" / "diffusion_models", "hunyuanvideo1.5_720p_sr_distilled_fp16.safetensors"
+    weights = load_file(folder / T2V)
+    save_file({**weights, "img_in.proj.weight": torch.zeros(128, 98, 1, 1, 1).half()}, folder / name)
+    with pytest.raises(client.Rejected, match=r"1\.5 super-resolution is recognised, but cannot be used"):
+        client.run(server, demo.graph("hunyuan15_t2v_sample", VideoLoRALoadDiT={"model": name}))
 
 
 def test_our_start_image_samples_alike_in_comfyuis_own_sampler(server):

@@ -35,7 +35,7 @@ _BYT5_ANCHOR, _BYT5_OFFICIAL_ANCHOR = f"encoder.{_T5_BIAS}", f"text_tower.encode
 _SIGLIP_ANCHOR = "vision_model.embeddings.patch_embedding.bias"
 ANCHORS = (_DIT_ANCHOR, _VAE_ANCHOR, _QWEN_ANCHOR, _BYT5_ANCHOR, _BYT5_OFFICIAL_ANCHOR, _SIGLIP_ANCHOR)
 
-
+_QWEN_3B_DIM = 2048
 _INPUTS = 2 * CHANNELS + MASK_CHANNELS  # noise, the start image, where that is
 _SUPER_RESOLUTION_INPUTS = _INPUTS + CHANNELS + MASK_CHANNELS
 _FUSED = "_attn_qkv."  # of ComfyUI's layout, in double blocks
@@ -129,6 +129,8 @@ def _vae(shapes: Shapes) -> Part | None:
 
 def _qwen(shapes: Shapes) -> Part:
     vocabulary, dim = shapes["embed_tokens.weight"]
+    if dim == _QWEN_3B_DIM:
+        raise ValueError("this is Qwen2.5-VL 3B; HunyuanVideo 1.5 takes the one of 7B (qwen_2.5_vl_7b).")
     config = LlamaConfig(
         vocabulary=vocabulary,
         dim=dim,

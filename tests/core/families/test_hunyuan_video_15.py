@@ -258,6 +258,9 @@ def test_relatives_are_refused_or_left_to_others():
     shapes = {**reference.manifest("hunyuanvideo15_dit_t2v_i2v_official"), "img_in.proj.weight": (2048, 70, 1, 1, 1)}
     with pytest.raises(ValueError, match="70 input channels"):
         HV15.recognise(shapes)
+    shapes = {name.removeprefix("model."): shape for name, shape in reference.manifest("te_qwen25_vl_7b").items()}
+    with pytest.raises(ValueError, match=r"Qwen2\.5-VL 3B"):
+        HV15.recognise({**shapes, "embed_tokens.weight": (151936, 2048)})
     shapes = reference.manifest("vision_siglip_so400m_patch14_384")
     with pytest.raises(ValueError, match="another SigLIP"):
         HV15.recognise({**shapes, "vision_model.embeddings.position_embedding.weight": (1024, 1152)})

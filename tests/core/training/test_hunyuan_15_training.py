@@ -144,8 +144,7 @@ def test_a_batch_is_told_of_each_samples_words_and_image_scaled_as_in_sampling(c
         assert wanted[0][32:].eq(1).all() and stored[0][VISION].shape == (729, 1152)
 
 
-@pytest.mark.parametrize("layout", ["official", "comfyui"])
-@pytest.mark.parametrize("variant", [T2V, I2V])
+@pytest.mark.parametrize(("variant", "layout"), [(T2V, "official"), (I2V, "comfyui")])
 def test_a_loraid_is_trained_and_gone_on_from_whatever_the_layout(clips, variant, layout, tmp_path):
     """With all that saves memory."""
     one = job(clips, tmp_path / "out", variant, layout, memory=MemorySettings(
