@@ -115,11 +115,12 @@ def _fused_views(shapes: Shapes) -> dict[str, View]:
 
 
 def _vae(shapes: Shapes) -> Part | None:
-    if "decoder.conv_in.conv.weight" not in shapes:
-        return None
+    channels = shapes.get("decoder.conv_in.conv.weight", (0, 0))[1]
+    if channels != CHANNELS:
+        return None  # a relative of other models
     config = HunyuanVideo15VAEConfig(
         widths=tuple(shapes[f"encoder.down.{level}.block.0.conv1.conv.weight"][0] for level in range(5)),
-        latent_channels=shapes["decoder.conv_in.conv.weight"][1],
+        latent_channels=channels,
     )
     # ComfyUI's own class names layers that nothing uses.
     views = {name: View.of(shape, name) for name, shape in shapes.items() if ".temb_proj." not in name}
