@@ -43,6 +43,9 @@ def _row(variant) -> tuple[str, ...]:
         guidance += f", embedded {variant.embedded_guidance:g}"
     if variant.expert:
         guidance += f"; {'from' if variant.expert == 'high' else 'below'} noise level {variant.boundary:g}"
+    training = f"{variant.training_shift:g}"
+    if variant.training_sampling != "shift":
+        training = f"`{variant.training_sampling}`; {training} with `shift`"
     size = variant.size
     return (variant.title, f"`{variant.name}`", f"{size.width} x {size.height}, {size.frames}", str(variant.steps), shift,
-            guidance, f"{variant.training_shift:g}")  # fmt: skip
+            guidance, training)  # fmt: skip

@@ -26,6 +26,7 @@ from ..core.training.job import (
     Job,
     NetworkSettings,
     OptimizerSettings,
+    TimestepSettings,
     TrainingItem,
     TrainingSet,
     WatchSettings,
@@ -95,15 +96,10 @@ class Train(io.ComfyNode):
         **settings,
     ) -> list[str]:
         """Everything that is cheap to check comes before the caches, which may take hours."""
-        rows = (
-            allocate(dit.matrices, loraid).rows
-            if loraid
-            else {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
-        )
         network = settings.get("network", NetworkSettings())
-        rows = network.chosen(rows, (matrix.name for matrix in dit.matrices))
+        rows = network.chosen(dit.matrices, allocate(dit.matrices, loraid).rows if loraid else None)
         if network.start_from:
-            read_start(network, rows, dit.matrices, dit.variant.title)
+            read_start(network, rows, dit.matrices, dit.variant.title, dit.family.lora_names)
         optimizer = settings.get("optimizer", OptimizerSettings())
         optimizer.kind.check_installed()
         optimizer.check(steps)
@@ -138,7 +134,7 @@ class Train(io.ComfyNode):
             loraid=loraid,
             low=dit.low and _low_expert(dit.low),
             boundary=dit.boundary,
-            **settings,
+            **{"timesteps": TimestepSettings(sampling=dit.variant.training_sampling), **settings},
         )
         run = Run.of(job, paths.runs_folder())
         if not _is_finished(run, job):
