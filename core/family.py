@@ -76,7 +76,8 @@ class Variant:
     models, one for the sigmas from `boundary` on and one for those below; `unusable` says why one that is recognised
     cannot be used; `shift_at` names sizes (width, height) with a flow shift of their own, `few_steps_shift` is that of
     samplings of less than `few_steps` steps. `embedded_guidance` is told to the model and costs nothing; 0 where it takes
-    none. `file_word` stands in the names of its files, for releases that have the same tensors."""
+    none. `training_sampling` is how noise levels are best drawn in training (see `training/timesteps.py`). `file_word`
+    stands in the names of its files, for releases that have the same tensors."""
 
     name: str
     title: str
@@ -89,6 +90,7 @@ class Variant:
     few_steps: int = 0
     few_steps_shift: float = 0.0
     embedded_guidance: float = 0.0
+    training_sampling: str = "shift"
     negative_prompt: str = ""
     images: ImageInput | None = None
     expert: str = ""
@@ -181,11 +183,13 @@ class VAE(Protocol):
 class BlockKind:
     """A kind of transformer block and its LoRA-able matrices, in canonical order.
 
-    `path` holds `{i}` for the block's number; matrices a checkpoint does not have are passed over.
+    `path` holds `{i}` for the block's number; matrices a checkpoint does not have are passed over. Those of `modulation`,
+    which make shifts, scales and gates of the time, are trained where that is wished, and no LORAID owns them.
     """
 
     path: str
     matrices: tuple[str, ...]
+    modulation: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +208,8 @@ class Family:
     recognise       (tensor name -> shape) -> Part or None; ValueError for a model that is known but not supported
     anchors         names one of which every checkpoint of the family holds, to find the file's prefix
     build_dit       config -> transformer; called as dit(latents, time, skip_layers=numbers of blocks, **conditions), its
-                    `run_block` is a BlockRunner
+                    `run_block` is a BlockRunner. One that says `takes_end` is also told `end` in sampling, (B,) on 0..1000: the
+                    time that the step leads to
     build_vae       config -> VAE
     vae_elements    values the VAE holds at a time per pixel, to ask for enough memory
     vae_tiles       how much of a video the VAE works on at a time where nobody chooses; no frames: it takes one frame
@@ -213,11 +218,13 @@ class Family:
     text_states     names of the states that its text encoder gives, or its text encoders together
     load_text       (checkpoint, part, dtype, storing of its large weights or None, folders as above) -> TextEncoder, on the CPU
     load_vision     (checkpoint, part, dtype) -> VisionEncoder, on the CPU
+    comfyui_vision  the field of ComfyUI's CLIP_VISION_OUTPUT that holds what the VisionEncoder gives
     image_states    (VAE, VisionEncoder or None, ImageInput, start and end (B, 3, H, W) in -1..1 or None, frames) ->
                     States per clip
     conditions      one States per sample -> Conditions, keyword arguments of the transformer
     blank_text      config of a transformer -> the states of the longest prompt, without its content
-    check_states    (config, name -> shape of States, latent size) raises ValueError when the transformer cannot take them
+    check_states    (config, ImageInput of the release or None, name -> shape of States, latent size) raises ValueError when
+                    the transformer cannot take them
     comfyui_latents name of ComfyUI's own description of these latents, by which it previews them while they are sampled
     to_comfyui      States -> (cross_attn (1, L, D), options) as in ComfyUI's CONDITIONING
     image_options   the options alone, of States without a prompt
@@ -245,10 +252,11 @@ class Family:
     text_states: tuple[str, ...]
     load_text: Callable[[Checkpoint, Part, torch.dtype, Storing | None, Sequence[Path]], TextEncoder]
     load_vision: Callable[[Checkpoint, Part, torch.dtype], VisionEncoder]
+    comfyui_vision: str
     image_states: Callable[[VAE, VisionEncoder | None, ImageInput, Tensor, Tensor | None, int], list[States]]
     conditions: Callable[[Sequence[States]], Conditions]
     blank_text: Callable[[Any], TextStates]
-    check_states: Callable[[Any, Mapping[str, Sequence[int]], VideoSize], None]
+    check_states: Callable[[Any, ImageInput | None, Mapping[str, Sequence[int]], VideoSize], None]
     comfyui_latents: str
     to_comfyui: Callable[[States], tuple[Tensor, dict[str, Any]]]
     image_options: Callable[[States], dict[str, Any]]

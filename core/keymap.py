@@ -53,7 +53,7 @@ def _rename(name: str, rules: Sequence[tuple[re.Pattern, str]]) -> str:
 
 
 # Longer prefixes first, so that "model." does not hide "model.diffusion_model.".
-PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "first_stage_model.", "model.", "module.",
+PREFIXES = ("model.diffusion_model.", "model.language_model.", "model.model.", "diffusion_model.", "first_stage_model.", "model.", "module.",
             "language_model.model.", "text_model.", "transformer.", "visual.", "vae.", "")  # fmt: skip
 
 

@@ -99,25 +99,27 @@ class Checkpoint:
 
 
 class _Viewed(Checkpoint):
-    """A checkpoint seen through views; one that shows a whole tensor leaves it as it is stored."""
+    """A checkpoint seen through views; one that shows rows of a tensor leaves them as they are stored."""
 
     def __init__(self, source: Checkpoint, views: Mapping[str, View]) -> None:
         infos = {name: TensorInfo(view.shape, source.tensors[view.pieces[0][0]].dtype) for name, view in views.items()}
-        super().__init__(source.path, infos, source.metadata, self._joined)
-        self.source, self.views = source, views
-
-    def _joined(self, name: str) -> Tensor:
-        shape, pieces = self.views[name]
-        return torch.cat([self.source.read(source)[rows] for source, rows in pieces]).reshape(shape)
+        super().__init__(source.path, infos, source.metadata, source.extra)
+        self.source, self.views, self.prefix = source, views, source.prefix
 
     def extra(self, name: str) -> Tensor | None:
         return self.source.extra(name)
 
     def read_stored(self, name: str) -> Stored:
-        shape, ((source, _), *more) = self.views[name]
-        if not more and shape == self.source.tensors[source].shape:
-            return self.source.read_stored(source)
-        return super().read_stored(name)
+        shape, pieces = self.views[name]
+        source, rows = pieces[0]
+        whole = self.source.tensors[source].shape
+        if len(pieces) > 1 or shape[1:] != whole[1:]:
+            return Stored(torch.cat([self.source.read(source)[rows] for source, rows in pieces]).reshape(shape))
+        stored = self.source.read_stored(source)
+        if shape == whole:
+            return stored
+        weight, scale = stored.weight[rows].clone(), stored.scale  # without the rest of what was read
+        return Stored(weight, scale if scale is None or len(scale) == 1 else scale[rows])
 
 
 def _is_weight(name: str) -> bool:

@@ -1,10 +1,11 @@
-"""Writes anew what follows from the nodes: workflows/, their help pages in web/docs, and locales/.
+"""Writes anew what follows from the code: workflows/, the nodes' help pages in web/docs, locales/ and docs/defaults.md.
 
 python dev.py generate
 """
 
 from __future__ import annotations
 
+import defaults_page
 import help_pages
 from server import ROOT, prepare, running
 
@@ -16,7 +17,8 @@ def files(info: dict[str, dict]) -> dict[str, str]:
     """Path below the pack -> content of every file that is made; `info` is ComfyUI's /object_info."""
     ours = {name: node for name, node in info.items() if name.startswith("VideoLoRA")}
     parts = {"workflows": workflows.files(info), "web/docs": help_pages.files(ours), "locales": locales.files(ours)}
-    return {f"{folder}/{path}": content for folder, made in parts.items() for path, content in made.items()}
+    made = {f"{folder}/{path}": content for folder, files in parts.items() for path, content in files.items()}
+    return {**made, "docs/defaults.md": defaults_page.text()}
 
 
 def main() -> None:

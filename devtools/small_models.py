@@ -1,4 +1,4 @@
-"""Small Wan and HunyuanVideo checkpoints with the official tensor names, under the official file names.
+"""Small Wan, HunyuanVideo and HunyuanVideo 1.5 checkpoints with the official tensor names, under the official file names.
 
 The VAE is a real, if blurry, video codec (`small_vae.py`). The transformer is trained for a short while on simple
 moving shapes, so that what a LoRA teaches it can be seen. The text encoder is random, but tells words apart. Those of
@@ -39,6 +39,12 @@ SKYREELS_I2V = "diffusion_models/skyreels_hunyuan_i2v_bf16.safetensors"
 HUNYUAN_VAE = "vae/hunyuan_video_vae_bf16.safetensors"
 LLAMA = "text_encoders/llava_llama3_fp16.safetensors"
 CLIP_L = "text_encoders/clip_l.safetensors"
+HUNYUAN_15_T2V = "diffusion_models/hunyuanvideo1.5_720p_t2v_fp16.safetensors"
+HUNYUAN_15_I2V = "diffusion_models/hunyuanvideo1.5_720p_i2v_fp16.safetensors"
+HUNYUAN_15_VAE = "vae/hunyuanvideo15_vae_fp16.safetensors"
+QWEN = "text_encoders/qwen_2.5_vl_7b.safetensors"
+BYT5 = "text_encoders/byt5_small_glyphxl_fp16.safetensors"
+SIGLIP = "clip_vision/sigclip_vision_patch14_384.safetensors"
 
 TEXT_DIM = 4096  # ComfyUI knows Wan by this
 CLIPS, FRAMES = 128, 13
@@ -202,6 +208,60 @@ def clip_l() -> dict[str, torch.Tensor]:
     return random_tensors(model, 14, torch.float16, "text_model.")
 
 
+def hunyuan_15_dit(seed: int) -> dict[str, torch.Tensor]:
+    """A HunyuanVideo 1.5 transformer for the prompts of `qwen`, in ComfyUI's layout: query, key and value in one."""
+    hunyuan = pack.load("core.families.hunyuan_video_15.dit")
+    config = hunyuan.HunyuanVideo15Config(
+        dim=128, ffn_dim=512, double_depth=5, refiner_depth=2, in_channels=65, out_channels=32, text_dim=128, freq_dim=256,
+        glyph_dim=1472, glyph_hidden=2048, vision_dim=1152, step_distilled=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hunyuan.HunyuanVideo15DiT(config)
+    apart, made = random_tensors(model, seed, torch.float16), {}
+    for name, value in apart.items():
+        if "_attn_q." in name:
+            parts = [apart[name.replace("_attn_q.", f"_attn_{letter}.")] for letter in "qkv"]
+            made[name.replace("_attn_q.", "_attn_qkv.")] = torch.cat(parts)
+        elif "_attn_k." not in name and "_attn_v." not in name:
+            made[name] = value
+    return made
+
+
+def hunyuan_15_vae() -> dict[str, torch.Tensor]:
+    hunyuan = pack.load("core.families.hunyuan_video_15.vae")
+    with torch.device("meta"):
+        model = hunyuan.HunyuanVideo15VAE(
+            hunyuan.HunyuanVideo15VAEConfig(widths=(8, 16, 16, 16, 64), latent_channels=32)
+        )
+    return random_tensors(model, 18, torch.float16)
+
+
+def qwen() -> dict[str, torch.Tensor]:
+    """Qwen2.5-VL without what looks at images, with its whole vocabulary, hardly any width, and the two blocks more that are
+    not used."""
+    text = pack.load("core.families.hunyuan_video.text")
+    config = text.LlamaConfig(vocabulary=152064, dim=128, ffn_dim=256, kv_heads=1, depth=4, qkv_bias=True)
+    with torch.device("meta"):
+        model = text.Llama(config)
+    return random_tensors(model, 19, torch.float16, "model.")
+
+
+def byt5() -> dict[str, torch.Tensor]:
+    text = pack.load("core.families.hunyuan_video_15.text")
+    config = text.ByT5Config(vocabulary=1510, dim=1472, ffn_dim=64, heads=6, head_dim=64, depth=2, buckets=32)
+    with torch.device("meta"):
+        model = text.build(config)
+    tensors = random_tensors(model, 20, torch.float16)
+    return {name.replace("encoder.embed_tokens.", "shared."): value for name, value in tensors.items()}
+
+
+def siglip() -> dict[str, torch.Tensor]:
+    vision = pack.load("core.families.hunyuan_video_15.vision")
+    with torch.device("meta"):
+        model = vision.SigLIP(vision.SigLIPConfig(dim=1152, ffn_dim=64, depth=2))
+    return random_tensors(model, 21, torch.float16, "vision_model.")
+
+
 def pretrain(model: torch.nn.Module, latents: torch.Tensor, states: list) -> None:
     """Teach the transformer moving shapes."""
     wan, flow = pack.load("core.families.wan.dit"), pack.load("core.flow")
@@ -257,7 +317,7 @@ def main(folder: Path) -> None:
 
 
 def make_relatives(folder: Path) -> None:
-    """What follows from the trained transformer, the image encoder, and HunyuanVideo."""
+    """What follows from the trained transformer, the image encoder, and those of HunyuanVideo and 1.5."""
     safetensors = pack.load("core.io.safetensors")
     relatives = {
         I2V: lambda: image_to_video(safetensors.load(folder / DIT)[0]),
@@ -272,6 +332,12 @@ def make_relatives(folder: Path) -> None:
         HUNYUAN_VAE: hunyuan_vae,
         LLAMA: llama,
         CLIP_L: clip_l,
+        HUNYUAN_15_T2V: lambda: hunyuan_15_dit(seed=16),
+        HUNYUAN_15_I2V: lambda: hunyuan_15_dit(seed=17),
+        HUNYUAN_15_VAE: hunyuan_15_vae,
+        QWEN: qwen,
+        BYT5: byt5,
+        SIGLIP: siglip,
     }
     for name, make in relatives.items():
         if not (folder / name).exists():

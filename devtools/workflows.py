@@ -667,6 +667,120 @@ memory. The order of the LoRAs does not matter.
     return graph
 
 
+HUNYUAN_15_T2V, HUNYUAN_15_I2V = (
+    "hunyuanvideo1.5_720p_t2v_fp16.safetensors",
+    "hunyuanvideo1.5_720p_i2v_fp16.safetensors",
+)
+HUNYUAN_15_VAE, SIGLIP = "hunyuanvideo15_vae_fp16.safetensors", "sigclip_vision_patch14_384.safetensors"
+QWEN, BYT5 = "qwen_2.5_vl_7b.safetensors", "byt5_small_glyphxl_fp16.safetensors"
+HUNYUAN_15_SHOT = Shot(width=848, height=480, frames=121, fps=24.0, steps=50, solver="euler", negative="")
+_HUNYUAN_15_PROMPT = 'character_1, walking past a sign that says "Open"'
+
+
+def _hunyuan_15_files(dit: str, image: bool = False) -> str:
+    return f"""**Model files**
+- `models/diffusion_models/{dit}`
+- `models/vae/{HUNYUAN_15_VAE}`
+- `models/text_encoders/{QWEN}` and `{BYT5}`""" + (f"\n- `models/clip_vision/{SIGLIP}`" if image else "")
+
+
+def _hunyuan_15(graph: Graph, dit: str) -> tuple[Node, Node, Node]:
+    """Model, VAE and text encoder."""
+    model = graph.add(0, "VideoLoRALoadDiT", model=dit, variant="auto")
+    vae = graph.add(0, "VideoLoRALoadVAE", model=HUNYUAN_15_VAE)
+    llm = graph.add(0, "VideoLoRALoadQwenVL", model=QWEN)
+    return model, vae, graph.add(0, "VideoLoRALoadByT5", llm=llm[0], model=BYT5)
+
+
+def _hunyuan_15_train(graph: Graph, model: Node, vae: Node, text: Node, name: str, **latents: Any) -> Node:
+    """From a folder to a LORAID; `latents` are further inputs of the node that caches them."""
+    data = graph.add(1, "VideoLoRADatasetFolder", caption_extension=".txt", width=848, height=480, frames="49", repeats=1,
+                     batch_size=1, buckets=True, extraction="head", folder="character_1")  # fmt: skip
+    cached = graph.add(1, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0], **latents)
+    captions = graph.add(1, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
+    loraid = graph.add(1, "VideoLoRASelectLORAID", dit=model[0], loraid=1, units_per_id=12, unit="slot")
+    network = graph.add(2, "VideoLoRANetworkSettings", rank=32, alpha=32.0)
+    optimizer = graph.add(2, "VideoLoRAOptimizerSettings", learning_rate=1e-4, weight_decay=0.01, warmup_steps=0,
+                          gradient_accumulation=1, max_grad_norm=1.0)  # fmt: skip
+    return graph.add(2, "VideoLoRATrain", dit=model[0], latents=cached[0], text=captions[0], name=name, steps=1000, seed=42,
+                     loraid=loraid[0], network=network[0], optimizer=optimizer[0])  # fmt: skip
+
+
+def hunyuan15_t2v_train_loraid() -> Graph:
+    graph = Graph(f"""# Train one LORAID of HunyuanVideo 1.5, then look at it
+Put clips and a `.txt` caption for each into `ComfyUI/input/character_1`. What is written in a clip belongs into quotes in its
+caption. The LoRA is written to `ComfyUI/output/loras`, in the form of which ComfyUI's own loader finds every key.
+
+{_hunyuan_15_files(HUNYUAN_15_T2V)}""")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V)
+    train = _hunyuan_15_train(graph, dit, vae, text, "hunyuan15_character_1")
+    applied = graph.add(2, "VideoLoRAApplyLoRA", dit=dit[0], loras=train[0], allow_overlap=False)
+    _sampling(graph, 3, dit, applied[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_character_1",
+              shot=HUNYUAN_15_SHOT)  # fmt: skip
+    return graph
+
+
+_HUNYUAN_15_VARIANT = """Text and image to video look alike in the files: if the file's name does not say which it is, choose the
+variant in the loader."""
+
+
+def hunyuan15_i2v_train() -> Graph:
+    graph = Graph(f"""# Train HunyuanVideo 1.5 image-to-video
+Put clips or pictures and a `.txt` caption for each into `ComfyUI/input/character_1`. The model and SigLIP are linked to Cache
+Latents too: what the model is told of each clip's first frame is cached with the latents.
+{_HUNYUAN_15_VARIANT}
+
+{_hunyuan_15_files(HUNYUAN_15_I2V, image=True)}""")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V)
+    vision = graph.add(0, "VideoLoRALoadSigLIP", model=SIGLIP)
+    _hunyuan_15_train(graph, dit, vae, text, "hunyuan15_character_1_i2v", dit=dit[0], clip_vision=vision[0])
+    return graph
+
+
+def hunyuan15_t2v_sample() -> Graph:
+    graph = Graph(f"""# A video with HunyuanVideo 1.5
+Words in quotes in the prompt are to be written in the video. Guidance is 6 and the flow shift 7, as the authors recommend; for a
+file that is guidance-distilled set the guidance to 1.
+
+{_hunyuan_15_files(HUNYUAN_15_T2V)}""")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V)
+    held = graph.add(1, "VideoLoRASamplingMemory", dit=dit[0], precision="fp8_scaled", block_swap=0, attention="sdpa",
+                     compile=False)  # fmt: skip
+    _sampling(graph, 1, dit, held[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_t2v", shot=HUNYUAN_15_SHOT)
+    return graph
+
+
+def hunyuan15_i2v_sample() -> Graph:
+    graph = Graph(f"""# A video with HunyuanVideo 1.5 that begins with an image
+Choose your own image. It is resized to cover the video and cropped to its middle.
+{_HUNYUAN_15_VARIANT}
+
+{_hunyuan_15_files(HUNYUAN_15_I2V, image=True)}""")
+    dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V)
+    vision = graph.add(0, "VideoLoRALoadSigLIP", model=SIGLIP)
+    image = graph.add(1, "LoadImage", "Start image", (_WIDTH, 330), image="start_image.png")
+    _sampling(graph, 2, dit, dit[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_i2v", shot=HUNYUAN_15_SHOT,
+              start_image=image[0], clip_vision=vision[0])  # fmt: skip
+    return graph
+
+
+def hunyuan15_t2v_merge() -> Graph:
+    graph = Graph(f"""# Merge two LORAIDs into a HunyuanVideo 1.5 checkpoint
+The new checkpoint is written to `ComfyUI/output/diffusion_models`, in the layout of the one it is made of: the official one, or
+ComfyUI's with query, key and value in one. The order of the LoRAs does not matter.
+
+**Model files**
+- `models/diffusion_models/{HUNYUAN_15_T2V}`
+- `output/loras/hunyuan15_character_1.safetensors` (LORAID 1) and `hunyuan15_character_2.safetensors` (LORAID 2)""")
+    dit = graph.add(0, "VideoLoRALoadDiT", model=HUNYUAN_15_T2V, variant="auto")
+    first = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=1, lora="hunyuan15_character_1.safetensors")
+    second = graph.add(1, "VideoLoRALoadLoRA", multiplier=1.0, loraid=2, lora="hunyuan15_character_2.safetensors",
+                       loras=first[0])  # fmt: skip
+    applied = graph.add(1, "VideoLoRAApplyLoRA", dit=dit[0], loras=second[0], allow_overlap=False)
+    graph.add(2, "VideoLoRAMergeLoRA", dit=applied[0], name="hunyuanvideo1.5_character_1_2")
+    return graph
+
+
 WORKFLOWS = {
     make.__name__: make
     for make in (
@@ -675,6 +789,7 @@ WORKFLOWS = {
         wan_v2v_sample, wan_cfg_skip, wan_decode_latents, wan_t2v_lora_workbench,
         hunyuan_t2v_train_loraid, hunyuan_t2v_two_loraids, hunyuan_t2v_merge, hunyuan_t2v_sample, hunyuan_v2v_sample,
         skyreels_t2v_sample, skyreels_i2v_sample,
+        hunyuan15_t2v_train_loraid, hunyuan15_i2v_train, hunyuan15_t2v_sample, hunyuan15_i2v_sample, hunyuan15_t2v_merge,
     )
 }  # fmt: skip
 

@@ -6,7 +6,18 @@ from .caching import CacheLatents, CacheText
 from .data import DatasetFolder, DatasetJSONL, DatasetPreview, DatasetTOML
 from .images import EncodeImage
 from .latents import Decode, EmptyLatent, EncodeVideo, LoadFrames, LoadLatents, SaveLatents
-from .loaders import LoadCLIP, LoadCLIPVision, LoadDiT, LoadLLM, LoadT5, LoadVAE, LoadWanExperts
+from .loaders import (
+    LoadByT5,
+    LoadCLIP,
+    LoadCLIPVision,
+    LoadDiT,
+    LoadLLM,
+    LoadQwenVL,
+    LoadSigLIP,
+    LoadT5,
+    LoadVAE,
+    LoadWanExperts,
+)
 from .lora import ApplyLoRA, LoadLoRA, MergeLoRA, UnmergeLoRA
 from .lora_files import BlendLoRA, ConvertLoRA, ExtractLoRA, InspectLoRA, PostHocEMA, ResizeLoRA
 from .planning import MemoryPlan
@@ -26,7 +37,7 @@ from .settings import (
 from .training import Train
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadDiT, LoadWanExperts, LoadVAE, LoadT5, LoadLLM, LoadCLIP, LoadCLIPVision,
+    LoadDiT, LoadWanExperts, LoadVAE, LoadT5, LoadLLM, LoadCLIP, LoadQwenVL, LoadByT5, LoadCLIPVision, LoadSigLIP,
     DatasetFolder, DatasetJSONL, DatasetTOML, DatasetPreview,
     CacheLatents, CacheText,
     SelectLORAID, NetworkSettingsNode, OptimizerSettingsNode, TimestepSettingsNode, ShowTimesteps,

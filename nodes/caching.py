@@ -91,7 +91,7 @@ class CacheLatents(io.ComfyNode):
                 handles.VisionEncoderType.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="For Wan 2.1 image-to-video, which also sees the first frame with CLIP.",
+                    tooltip="For Wan 2.1 (CLIP) and HunyuanVideo 1.5 (SigLIP) image-to-video, which also look at the first frame with it.",
                 ),
                 io.Int.Input(
                     "batch_size",

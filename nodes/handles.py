@@ -244,7 +244,8 @@ class TextEncoderFile(ModelFile):
 
 def tokenizer_folders() -> tuple[Path, ...]:
     """Where ComfyUI keeps tokenizers that its text encoder files do not bring."""
-    return Path(sd1_clip.__file__).parent / "sd1_tokenizer", Path(llama.__file__).parent / "llama_tokenizer"
+    beside = Path(llama.__file__).parent
+    return Path(sd1_clip.__file__).parent / "sd1_tokenizer", beside / "llama_tokenizer", beside / "qwen25_tokenizer"
 
 
 class VisionEncoderFile(ModelFile):
@@ -429,11 +430,21 @@ def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> Im
     images = dit.variant.images if dit else None
     takes_vision = images is not None and images.vision
     if clip_vision and not takes_vision:
-        raise ValueError("a CLIP image encoder is linked without a model that takes one: link that model too, "
+        raise ValueError("an image encoder is linked without a model that takes one: link that model too, "
                          "or take the encoder away.")  # fmt: skip
     if takes_vision and not clip_vision:
-        raise ValueError(f"{dit.variant.title} also sees images with CLIP: link Load CLIP Image Encoder.")
+        raise ValueError(f"{dit.variant.title} also looks at images with an encoder: link Load CLIP Image Encoder (Wan), or Load "
+                         "SigLIP Image Encoder (HunyuanVideo 1.5).")  # fmt: skip
+    if clip_vision:
+        check_vision(dit, clip_vision)
     return images and ImagePlan(input=images, encoder_identity=clip_vision.identity if clip_vision else "")
+
+
+def check_vision(dit: DiTFile, encoder: VisionEncoderFile) -> None:
+    """Raise ValueError unless the image encoder is that of the model's family."""
+    if encoder.family.name != dit.family.name:
+        raise ValueError(f"{encoder.path.name} is a {encoder.part.title}, which {dit.variant.title} does not look at images with: "
+                         "link the image encoder of its family.")  # fmt: skip
 
 
 @dataclass(frozen=True)

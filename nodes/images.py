@@ -41,8 +41,8 @@ class EncodeImage(io.ComfyNode):
                                tooltip="What the video ends with. Models made for it have it as their last frame; others get it as an "
                                "extra latent frame: then trim 3 frames in Decode Video."),
                 io.MultiType.Input("clip_vision", types=[handles.VisionEncoderType, io.ClipVisionOutput], optional=True,
-                                   tooltip="For Wan 2.1: Load CLIP Image Encoder, or the output of ComfyUI's own CLIP Vision "
-                                   "Encode (crop: none). Wan 2.2 takes none."),
+                                   tooltip="For Wan 2.1 Load CLIP Image Encoder, for HunyuanVideo 1.5 Load SigLIP Image Encoder, or "
+                                   "the output of ComfyUI's own CLIP Vision Encode (crop: none). Wan 2.2 and SkyReels take none."),
             ],
             outputs=[
                 io.Conditioning.Output("with_image", display_name="positive"),
@@ -79,9 +79,12 @@ def encoded(dit: handles.DiTFile, vae: handles.VAEFile, size: VideoSize, start_i
     images = dit.variant.images
     if images is None:
         raise ValueError(f"{dit.variant.title} is no image-to-video model: leave the image out, or load another model.")
+    if clip_vision is not None and not images.vision:
+        raise ValueError(f"{dit.variant.title} looks at no image with an encoder: take the link to clip vision away.")
     start, end = (None if one is None else _picture(one, size) for one in (start_image, end_image))
     both = end is not None and images.end == "inside"
-    encoder = None if clip_vision is None else _encoder(clip_vision, both)  # first: the VAE needs the most room to work
+    # First, as the VAE needs the most room to work.
+    encoder = None if clip_vision is None else _encoder(dit, clip_vision, both)
     (states,) = dit.family.image_states(vae.load(size), encoder, images, start, end, size.frames)
     return states
 
@@ -95,14 +98,15 @@ def _picture(images: Tensor, size: VideoSize) -> Tensor:
     return to_video([frame[None]], mm.get_torch_device())[:, :, 0]
 
 
-def _encoder(clip_vision, both: bool) -> VisionEncoder:
+def _encoder(dit: handles.DiTFile, clip_vision, both: bool) -> VisionEncoder:
     """What looks at the start image, or at both images."""
     if isinstance(clip_vision, handles.VisionEncoderFile):
+        handles.check_vision(dit, clip_vision)
         return clip_vision.load()
     if both:
         raise ValueError("this model looks at the end image too: link Load CLIP Image Encoder, or use ComfyUI's own "
                          "WanFirstLastFrameToVideo instead of this node.")  # fmt: skip
-    return _Seen(clip_vision.penultimate_hidden_states)
+    return _Seen(getattr(clip_vision, dit.family.comfyui_vision))
 
 
 class _Seen:

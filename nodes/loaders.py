@@ -34,8 +34,8 @@ class LoadDiT(io.ComfyNode):
                                tooltip="A file in ComfyUI's models/diffusion_models, official or ComfyUI layout."),
                 io.Combo.Input("variant", options=["auto", *variants], default="auto",
                                tooltip="Which release it is. Auto: what the tensors say; where several releases have the same "
-                               "(Wan 2.1 14B and the two experts of Wan 2.2, HunyuanVideo and SkyReels V1 T2V), the one that the "
-                               "file is named after. It decides defaults (flow shift, guidance)."),
+                               "(Wan 2.1 14B and the two experts of Wan 2.2, HunyuanVideo and SkyReels V1 T2V, text and image to video "
+                               "of HunyuanVideo 1.5), the one that the file is named after. It decides defaults (flow shift, guidance)."),
             ],
             outputs=[handles.DiT.Output("dit", display_name="dit")],
         )  # fmt: skip
@@ -120,11 +120,11 @@ class LoadVAE(io.ComfyNode):
                 _precision("VAE", handles.PRECISIONS),
                 io.Int.Input("tile_size", default=0, min=0, max=2048, step=32, optional=True, advanced=True,
                              tooltip="Work on tiles of so many pixels when frames are too large for the memory: 256 needs a "
-                             "sixth of 832x480. 0: what suits the model, whole frames for Wan and 256 for HunyuanVideo. "
-                             "Caches made with tiles are made again without."),
+                             "sixth of 832x480. 0: what suits the model, whole frames for Wan and 256 for HunyuanVideo and 1.5, whose "
+                             "frames a number of their size leaves whole. Caches made with tiles are made again without."),
                 io.Int.Input("tile_frames", default=0, min=0, max=1024, step=16, optional=True, advanced=True,
                              tooltip="For HunyuanVideo, whose VAE looks at all frames of a clip at once: work on so many frames "
-                             "at a time. 0: 64. Wan's VAE needs none."),
+                             "at a time. 0: 64. The VAEs of Wan and HunyuanVideo 1.5 need none."),
                 io.Boolean.Input("cache_on_cpu", default=False, optional=True, advanced=True,
                                  tooltip="Keeps what the VAE remembers of earlier frames in main memory: slower, somewhat "
                                  "less VRAM, the same result."),
@@ -158,23 +158,8 @@ class LoadVAE(io.ComfyNode):
         return io.NodeOutput(handles.VAEFile(path, part, tile_frames=tile_frames, tile_size=tile_size, **settings))
 
 
-class LoadT5(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="VideoLoRALoadT5",
-            display_name="Load umT5 Text Encoder",
-            category=CATEGORY,
-            description="Opens the umT5-XXL text encoder of Wan.",
-            inputs=[
-                io.Combo.Input("model", options=paths.model_files("text_encoders"),
-                               tooltip="A file in ComfyUI's models/text_encoders. ComfyUI's umt5_xxl files carry their "
-                               "tokenizer; for the official .pth put google/umt5-xxl's spiece.model beside it."),
-                _precision("text encoder", (*handles.PRECISIONS, *handles.FP8_PRECISIONS), " fp8: half the memory, fp8_scaled "
-                           "with a scale per row is closer to the original."),
-            ],
-            outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
-        )  # fmt: skip
+class _TextEncoderLoader(io.ComfyNode):
+    """Opens a text encoder, alone or beside `llm`."""
 
     @classmethod
     def validate_inputs(cls, model: str | None) -> bool | str:
@@ -185,12 +170,30 @@ class LoadT5(io.ComfyNode):
         return paths.model_state("text_encoders", model)
 
     @classmethod
-    def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
+    def execute(cls, model: str, precision: str = "auto", llm: handles.TextEncoderFile | None = None) -> io.NodeOutput:
         path = paths.model_path("text_encoders", model)
-        return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
+        opened = handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision)
+        return io.NodeOutput(llm.with_beside(opened) if llm else opened)
 
 
-class LoadLLM(io.ComfyNode):
+class LoadT5(_TextEncoderLoader):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadT5",
+            display_name="Load umT5 Text Encoder",
+            category=CATEGORY,
+            description="Opens the umT5-XXL text encoder of Wan.",
+            inputs=[
+                _text_encoder("ComfyUI's umt5_xxl files carry their tokenizer; for the official .pth put google/umt5-xxl's "
+                              "spiece.model beside it."),
+                _precision("text encoder", _ALSO_FP8, _FP8),
+            ],
+            outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
+        )  # fmt: skip
+
+
+class LoadLLM(_TextEncoderLoader):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -200,30 +203,15 @@ class LoadLLM(io.ComfyNode):
             description="Opens LLaVA-Llama-3, the large text encoder of HunyuanVideo and SkyReels V1. Link it to Load CLIP Text "
             "Encoder, which these models take too.",
             inputs=[
-                io.Combo.Input("model", options=paths.model_files("text_encoders"),
-                               tooltip="A file in ComfyUI's models/text_encoders: ComfyUI's llava_llama3 file, or one of those of "
-                               "the official text_encoder folder with its tokenizer.json beside it."),
-                _precision("text encoder", (*handles.PRECISIONS, *handles.FP8_PRECISIONS), " fp8: half the memory, fp8_scaled "
-                           "with a scale per row is closer to the original."),
+                _text_encoder("ComfyUI's llava_llama3 file, or one of those of the official text_encoder folder with its "
+                              "tokenizer.json beside it."),
+                _precision("text encoder", _ALSO_FP8, _FP8),
             ],
             outputs=[handles.TextEncoderType.Output("text_encoder", display_name="llm")],
         )  # fmt: skip
 
-    @classmethod
-    def validate_inputs(cls, model: str | None) -> bool | str:
-        return _checked(open_part, "text_encoders", model, "text_encoder")
 
-    @classmethod
-    def fingerprint_inputs(cls, model: str, **_: object) -> list:
-        return paths.model_state("text_encoders", model)
-
-    @classmethod
-    def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
-        path = paths.model_path("text_encoders", model)
-        return io.NodeOutput(handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision))
-
-
-class LoadCLIP(io.ComfyNode):
+class LoadCLIP(_TextEncoderLoader):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -233,45 +221,51 @@ class LoadCLIP(io.ComfyNode):
             description="Opens the CLIP-L text encoder of HunyuanVideo and SkyReels V1, which works together with LLaVA.",
             inputs=[
                 handles.TextEncoderType.Input("llm", tooltip="From Load LLaVA Text Encoder."),
-                io.Combo.Input("model", options=paths.model_files("text_encoders"),
-                               tooltip="A file in ComfyUI's models/text_encoders: clip_l, or the official text_encoder_2 folder's "
-                               "model file."),
+                _text_encoder("clip_l, or the official text_encoder_2 folder's model file."),
                 _precision("text encoder", handles.PRECISIONS),
             ],
             outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
         )  # fmt: skip
 
-    @classmethod
-    def validate_inputs(cls, model: str | None) -> bool | str:
-        return _checked(open_part, "text_encoders", model, "text_encoder")
 
-    @classmethod
-    def fingerprint_inputs(cls, model: str, **_: object) -> list:
-        return paths.model_state("text_encoders", model)
-
-    @classmethod
-    def execute(cls, llm: handles.TextEncoderFile, model: str, precision: str = "auto") -> io.NodeOutput:
-        path = paths.model_path("text_encoders", model)
-        clip = handles.TextEncoderFile(path, open_part(path, "text_encoder")[1], precision)
-        return io.NodeOutput(llm.with_beside(clip))
-
-
-class LoadCLIPVision(io.ComfyNode):
+class LoadQwenVL(_TextEncoderLoader):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="VideoLoRALoadCLIPVision",
-            display_name="Load CLIP Image Encoder",
+            node_id="VideoLoRALoadQwenVL",
+            display_name="Load Qwen2.5-VL Text Encoder",
             category=CATEGORY,
-            description="Opens the CLIP ViT-H image encoder, with which Wan 2.1 image-to-video looks at the start image.",
+            description="Opens Qwen2.5-VL, the large text encoder of HunyuanVideo 1.5. Link it to Load Glyph ByT5, which these "
+            "models take too.",
             inputs=[
-                io.Combo.Input("model", options=paths.model_files("clip_vision"),
-                               tooltip="A file in ComfyUI's models/clip_vision: clip_vision_h.safetensors, or the official "
-                               "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."),
-                _precision("image encoder", handles.PRECISIONS),
+                _text_encoder("ComfyUI's qwen_2.5_vl_7b file, also the fp8_scaled one, or one of the files of the official "
+                              "Qwen2.5-VL-7B-Instruct folder."),
+                _precision("text encoder", _ALSO_FP8, _FP8),
             ],
-            outputs=[handles.VisionEncoderType.Output("clip_vision", display_name="clip vision")],
+            outputs=[handles.TextEncoderType.Output("text_encoder", display_name="llm")],
         )  # fmt: skip
+
+
+class LoadByT5(_TextEncoderLoader):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadByT5",
+            display_name="Load Glyph ByT5",
+            category=CATEGORY,
+            description="Opens the glyph text encoder of HunyuanVideo 1.5, which works together with Qwen2.5-VL: words in quotes in "
+            "a prompt or caption are to be written in the video.",
+            inputs=[
+                handles.TextEncoderType.Input("llm", tooltip="From Load Qwen2.5-VL Text Encoder."),
+                _text_encoder("ComfyUI's byt5_small_glyphxl file, or the official byt5_model.pt."),
+                _precision("text encoder", handles.PRECISIONS),
+            ],
+            outputs=[handles.TextEncoderType.Output("text_encoder", display_name="text encoder")],
+        )  # fmt: skip
+
+
+class _VisionEncoderLoader(io.ComfyNode):
+    """Opens an image encoder."""
 
     @classmethod
     def validate_inputs(cls, model: str | None) -> bool | str:
@@ -285,6 +279,53 @@ class LoadCLIPVision(io.ComfyNode):
     def execute(cls, model: str, precision: str = "auto") -> io.NodeOutput:
         path = paths.model_path("clip_vision", model)
         return io.NodeOutput(handles.VisionEncoderFile(path, open_part(path, "vision_encoder")[1], precision))
+
+
+class LoadCLIPVision(_VisionEncoderLoader):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadCLIPVision",
+            display_name="Load CLIP Image Encoder",
+            category=CATEGORY,
+            description="Opens the CLIP ViT-H image encoder, with which Wan 2.1 image-to-video looks at the start image.",
+            inputs=[
+                _vision_encoder("clip_vision_h.safetensors, or the official models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."),
+                _precision("image encoder", handles.PRECISIONS),
+            ],
+            outputs=[handles.VisionEncoderType.Output("clip_vision", display_name="clip vision")],
+        )  # fmt: skip
+
+
+class LoadSigLIP(_VisionEncoderLoader):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoLoRALoadSigLIP",
+            display_name="Load SigLIP Image Encoder",
+            category=CATEGORY,
+            description="Opens the SigLIP image encoder, with which HunyuanVideo 1.5 image-to-video looks at the start image.",
+            inputs=[
+                _vision_encoder("sigclip_vision_patch14_384.safetensors, or the image_encoder folder's model file of the official "
+                                "FLUX.1-Redux-dev."),
+                _precision("image encoder", handles.PRECISIONS),
+            ],
+            outputs=[handles.VisionEncoderType.Output("clip_vision", display_name="clip vision")],
+        )  # fmt: skip
+
+
+_ALSO_FP8 = (*handles.PRECISIONS, *handles.FP8_PRECISIONS)
+_FP8 = " fp8: half the memory, fp8_scaled with a scale per row is closer to the original."
+
+
+def _text_encoder(which: str) -> io.Combo.Input:
+    return io.Combo.Input("model", options=paths.model_files("text_encoders"),
+                          tooltip=f"A file in ComfyUI's models/text_encoders: {which}")  # fmt: skip
+
+
+def _vision_encoder(which: str) -> io.Combo.Input:
+    return io.Combo.Input("model", options=paths.model_files("clip_vision"),
+                          tooltip=f"A file in ComfyUI's models/clip_vision: {which}")  # fmt: skip
 
 
 def _precision(what: str, options: Sequence[str], more: str = "") -> io.Combo.Input:

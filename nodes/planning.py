@@ -60,13 +60,11 @@ class MemoryPlan(io.ComfyNode):
         size, images = family.latent.latents(VideoSize(frames, height, width)), dit.variant.images
         told = {name: torch.zeros(shape) for name, shape in (images.shapes(size) if images else {}).items()}
         states = {**family.blank_text(part.config), **told}
-        whole = {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
-        rows = allocate(dit.matrices, loraid).rows if loraid else whole
+        network = network or NetworkSettings()
         subject = planner.Subject(
             family=family, config=part.config, matrices=dit.matrices, device=device,
             dtypes=checkpoint.dtypes(part.keymap),
-            rows=network.chosen(rows, whole) if network else rows,
-            network=network or NetworkSettings(),
+            rows=network.chosen(dit.matrices, allocate(dit.matrices, loraid).rows if loraid else None), network=network,
             optimizer_bytes=(optimizer or OptimizerSettings()).kind.state_bytes,
             latents=(batch_size, family.latent.channels, *size),
             conditions=family.conditions([states] * batch_size), processes=gpus,

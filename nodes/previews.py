@@ -65,7 +65,7 @@ class PreviewSettingsNode(io.ComfyNode):
                                tooltip="As in Flow Schedule: with the same solver, steps and seed the sampling nodes give the same."),
                 io.Image.Input("start_image", optional=True, tooltip="What the previews of an image-to-video model begin with."),
                 io.Image.Input("end_image", optional=True, tooltip="What those of a first-last-frame model end with."),
-                handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 image-to-video."),
+                handles.VisionEncoderType.Input("clip_vision", optional=True, tooltip="For Wan 2.1 and HunyuanVideo 1.5 image-to-video."),
             ],
             outputs=[handles.Previews.Output("previews", display_name="previews")],
         )  # fmt: skip
@@ -172,7 +172,7 @@ def _with_images(preview: Preview, dit: handles.DiTFile, vae: handles.VAEFile | 
     if not cache_files.is_current(path, name):
         told = encoded(dit, vae, size, start_image, end_image, clip_vision)
         shapes = {key: value.shape for key, value in told.items()}
-        dit.family.check_states(dit.part.config, shapes, dit.family.latent.latents(size))
+        dit.family.check_states(dit.part.config, dit.variant.images, shapes, dit.family.latent.latents(size))
         cache_files.save_text(path, told, "", dit.family, name)
     return replace(preview, images=str(path))
 

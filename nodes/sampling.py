@@ -376,5 +376,5 @@ def _states(dit: handles.DiTFile, conditioning, latents: torch.Tensor, embedded_
     chosen = dit.variant.guidance_states(embedded_guidance)
     states = {**states, **chosen} if embedded_guidance else {**chosen, **states}
     shapes = {name: value.shape for name, value in states.items()}
-    dit.family.check_states(dit.part.config, shapes, VideoSize(*latents.shape[2:]))
+    dit.family.check_states(dit.part.config, dit.variant.images, shapes, VideoSize(*latents.shape[2:]))
     return states

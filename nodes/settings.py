@@ -31,7 +31,7 @@ from ..core.training.job import (
 from ..core.training.loss import WEIGHTINGS
 from ..core.training.optimizers import OPTIMIZERS
 from ..core.training.schedules import SCHEDULES
-from ..core.training.timesteps import DENSITIES, SAMPLINGS, WHOLE
+from ..core.training.timesteps import DENSITIES, SAMPLINGS, WHOLE, squares
 from . import handles, paths
 from .progress import say
 
@@ -137,6 +137,9 @@ class NetworkSettingsNode(io.ComfyNode):
                                 "line, such as .*self_attn.* Empty: all."),
                 io.String.Input("exclude", default="", multiline=True, optional=True, advanced=True,
                                 tooltip="Do not train matrices whose whole name matches one of these, such as .*ffn.*"),
+                io.Boolean.Input("modulation", default=default["modulation"], optional=True, advanced=True,
+                                 tooltip="For HunyuanVideo 1.5 without a LORAID: also train what makes shifts, scales and gates of "
+                                 "the time, as other trainers do. The file is a third larger."),
             ],
             outputs=[handles.Network.Output("network", display_name="network")],
         )  # fmt: skip
@@ -227,8 +230,8 @@ class TimestepSettingsNode(io.ComfyNode):
             node_id="VideoLoRATimestepSettings",
             display_name="Timestep Settings",
             category=CATEGORY,
-            description="Which noise levels are trained; Show Timesteps draws them. Without this node: 'shift' sampling, with the flow "
-            "shift recommended for the model.",
+            description="Which noise levels are trained; Show Timesteps draws them. Without this node: what is recommended for the "
+            "model, which is 'shift' sampling with a flow shift of its own, and 'flux_shift' for HunyuanVideo 1.5.",
             inputs=[
                 io.Float.Input("shift", default=default["shift"], min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Flow shift: higher trains composition and motion more, lower trains detail more. 0: what is "
@@ -296,10 +299,10 @@ class ShowTimesteps(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, width: int, height: int, timesteps: TimestepSettings | None = None) -> io.NodeOutput:  # fmt: skip
         latent = dit.family.latent
-        tokens = latent.tokens(latent.latents(VideoSize(1, height, width)))
-        settings = timesteps or TimestepSettings()
+        size = squares(latent.latents(VideoSize(1, height, width)))
+        settings = timesteps or TimestepSettings(sampling=dit.variant.training_sampling)
         levels = settings.levels(dit.variant) if dit.low is None else WHOLE
-        picture, report = chart.show(settings, dit.variant.training_shift, tokens, f"{width}x{height}", levels)
+        picture, report = chart.show(settings, dit.variant.training_shift, size, f"{width}x{height}", levels)
         say(report, cls.hidden.unique_id)
         return io.NodeOutput(_image(picture), report)
 

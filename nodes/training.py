@@ -27,6 +27,7 @@ from ..core.training.job import (
     Job,
     NetworkSettings,
     OptimizerSettings,
+    TimestepSettings,
     TrainingItem,
     TrainingSet,
     WatchSettings,
@@ -98,15 +99,10 @@ class Train(io.ComfyNode):
         **settings,
     ) -> list[str]:
         """Everything that is cheap to check comes before the caches, which may take hours."""
-        rows = (
-            allocate(dit.matrices, loraid).rows
-            if loraid
-            else {matrix.name: (0, matrix.rows) for matrix in dit.matrices}
-        )
         network = settings.get("network", NetworkSettings())
-        rows = network.chosen(rows, (matrix.name for matrix in dit.matrices))
+        rows = network.chosen(dit.matrices, allocate(dit.matrices, loraid).rows if loraid else None)
         if network.start_from:
-            read_start(network, rows, dit.matrices, dit.variant.title)
+            read_start(network, rows, dit.matrices, dit.variant.title, dit.family.lora_names)
         optimizer = settings.get("optimizer", OptimizerSettings())
         optimizer.kind.check_installed()
         optimizer.check(steps)
@@ -141,7 +137,7 @@ class Train(io.ComfyNode):
             loraid=loraid,
             low=dit.low and _low_expert(dit.low),
             boundary=dit.boundary,
-            **settings,
+            **{"timesteps": TimestepSettings(sampling=dit.variant.training_sampling), **settings},
         )
         run = Run.of(job, paths.runs_folder())
         finished = _is_finished(run, job)
@@ -362,7 +358,8 @@ def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any
         lines.append(f"{skipped} steps were skipped, their loss was not finite")
     return {
         "name": job.name, "loraid": job.loraid.number if job.loraid else None, "steps": job.steps,
-        "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "run": str(run.folder),
+        "loss_start": first, "loss_end": last, "seconds": seconds, "files": files, "loras": [paths.shown(Path(file)) for file in files],
+        "run": str(run.folder),
         "peak_memory": max((entry["memory"] for entry in metrics), default=0), "loss_by_timestep": bands,
         "validation_loss": validation, "skipped": skipped, "notes": notes,
         "previews": [paths.shown(path) for path in run.previews()], "text": "\n".join([*lines, *notes[-3:], *files]),

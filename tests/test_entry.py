@@ -78,3 +78,45 @@ def test_requirements_equal_the_projects_dependencies():
     assert [part.replace("'", '"') for part in re.findall(r'"([^"]*)"', listed)] == (
         ROOT / "requirements.txt"
     ).read_text().split("\n")[:-1]
+
+
+def test_installing_into_a_complete_comfyui_changes_nothing():
+    words = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--dry-run",
+        "--python",
+        sys.executable,
+        "-r",
+        ROOT / "requirements.txt",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "Would make no changes" in done.stderr, done.stderr
+
+
+def test_installing_brings_the_missing_packages_and_touches_no_other(tmp_path):
+    """Into an environment that has exactly what ComfyUI lists; nothing is downloaded but the packages' descriptions."""
+    frozen = subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "freeze", "--python", sys.executable], capture_output=True, text=True
+    )
+    (tmp_path / "has.txt").write_text(frozen.stdout)
+    words = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "-q",
+        ROOT / "requirements.txt",
+        "-c",
+        tmp_path / "has.txt",
+        "--no-header",
+        "--no-annotate",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needed = set(done.stdout.split())
+    assert needed and needed <= set(frozen.stdout.split())

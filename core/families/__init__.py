@@ -9,9 +9,10 @@ from ..keymap import find_prefix
 from ..shapes import VideoSize
 from ..weights import Checkpoint, open_checkpoint
 from .hunyuan_video import FAMILY as HUNYUAN_VIDEO
+from .hunyuan_video_15 import FAMILY as HUNYUAN_VIDEO_15
 from .wan import FAMILY as WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN_VIDEO)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15)}
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:

@@ -137,10 +137,11 @@ def read(path: Path, matrices: Iterable[Matrix], title: str, names: LoRANames | 
     alphas = _declared_alphas(path, metadata)
     parts: dict[str, list[Factors]] = {}
     for stem, found in modules.items():
-        places = known[stem][1]
         whole = _factors(path, stem, found, alphas(stem, found))
-        for place in places:
-            parts.setdefault(place.name, []).append(_placed(path, whole, place, by_name[place.name]))
+        placed = [(place.name, _placed(path, whole, place, by_name[place.name])) for place in known[stem][1]]
+        trained = [one for one in placed if one[1].touched != (0, 0)]  # of a fused matrix perhaps not all
+        for name, factors in trained or placed:
+            parts.setdefault(name, []).append(factors)
     wanted = chosen(parts, include, exclude, list(by_name))
     if not wanted:
         raise ValueError(f"{path.name}: include and exclude leave none of its {len(parts)} matrices: widen them.")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..family import Family
+from ..family import BlockKind, Family
 
 
 class Matrix(NamedTuple):
-    """A weight matrix (rows, columns) = (outputs, inputs); `block` is the path of the block it is in."""
+    """A weight matrix (rows, columns) = (outputs, inputs); `block` is the path of the block it is in, `modulation` says
+    that it is trained only where that is wished (see BlockKind)."""
 
     name: str
     rows: int
     columns: int
     block: str
+    modulation: bool = False
 
     @property
     def parameters(self) -> int:
@@ -26,7 +28,7 @@ def inventory(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[Mat
     matrices = []
     for kind in family.blocks:
         index = 0
-        while found := _block(kind.path.replace("{i}", str(index)), kind.matrices, shapes):
+        while found := _block(kind.path.replace("{i}", str(index)), kind, shapes):
             matrices += found
             index += 1
     return matrices
@@ -37,6 +39,7 @@ def blocks_of(matrices: Sequence[Matrix]) -> list[str]:
     return list(dict.fromkeys(matrix.block for matrix in matrices))
 
 
-def _block(path: str, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
-    paths = (f"{path}.{name}" for name in names)
-    return [Matrix(full, *shapes[f"{full}.weight"], path) for full in paths if f"{full}.weight" in shapes]
+def _block(path: str, kind: BlockKind, shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
+    names = {f"{path}.{name}": name in kind.modulation for name in (*kind.matrices, *kind.modulation)}
+    return [Matrix(name, *shapes[f"{name}.weight"], path, modulation)
+            for name, modulation in names.items() if f"{name}.weight" in shapes]  # fmt: skip

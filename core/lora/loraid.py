@@ -103,6 +103,7 @@ def allocate(matrices: Sequence[Matrix], loraid: Loraid) -> Allocation:
 
     Raises ValueError when the model has no such LORAID, with the settings that would fit.
     """
+    matrices = _owned(matrices)
     total, unit = _DIVIDE[loraid.unit](matrices)
     n = loraid.units_per_id
     capacity = -(-total // n)
@@ -128,9 +129,14 @@ def allocate(matrices: Sequence[Matrix], loraid: Loraid) -> Allocation:
 
 def allocations(matrices: Sequence[Matrix], unit: str, units_per_id: int) -> Iterator[Allocation]:
     """Those of all LORAIDs of this division that own something."""
-    for number in range(1, -(-_DIVIDE[unit](matrices).total // units_per_id) + 1):
+    for number in range(1, -(-_DIVIDE[unit](_owned(matrices)).total // units_per_id) + 1):
         with suppress(ValueError):
             yield allocate(matrices, Loraid(number=number, unit=unit, units_per_id=units_per_id))
+
+
+def _owned(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """Those that are divided among LORAIDs."""
+    return [matrix for matrix in matrices if not matrix.modulation]
 
 
 Unit = list[tuple[str, Rows]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .factors import Factors
 from .files import LoRAFile
 from .inventory import Matrix
 from .loraid import Rows
+from .names import LoRANames
 from .patterns import check_patterns, chosen
 
 _MOST_LOHA_RANK = 64  # it reaches the rank of a LoRA of 4096, and costs what that costs
@@ -36,6 +37,7 @@ class NetworkSettings:
     loraplus_lr_ratio   LoRA+ (arXiv 2402.12354): learning rate of the up matrices, in that of the down matrices
     max_norm            deltas with a larger Frobenius norm are shrunk to it after each step; 0 for no limit
     include, exclude    regular expressions on whole names of matrices: train only these, and not those
+    modulation          also train the matrices that make modulation of the time, where the family lists them
     start_from          a LoRA file to go on from, and its fingerprint
     """
 
@@ -50,6 +52,7 @@ class NetworkSettings:
     max_norm: float = 0.0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    modulation: bool = False
     start_from: str = ""
     start_fingerprint: str = ""
 
@@ -81,21 +84,31 @@ class NetworkSettings:
     def dropouts(self) -> Dropout:
         return Dropout(neuron=self.dropout, rank=self.rank_dropout, module=self.module_dropout)
 
-    def chosen(self, rows: Mapping[str, Rows], names: Iterable[str]) -> dict[str, Rows]:
-        """Of a share those matrices that the patterns choose. `names` are all of the model's.
+    def chosen(self, matrices: Sequence[Matrix], share: Mapping[str, Rows] | None = None) -> dict[str, Rows]:
+        """The rows to train of a model with these matrices: what the patterns choose of a LORAID's share, or of all.
 
-        Raises ValueError for a pattern that matches none of them, and when nothing is left of the share.
+        Raises ValueError for a pattern that matches none of them, when nothing is left to train, and for modulation where
+        the model has none or a LORAID is trained.
         """
-        left = set(chosen(rows, self.include, self.exclude, list(names)))
+        has_modulation = any(matrix.modulation for matrix in matrices)
+        require(
+            has_modulation or not self.modulation, "this model's modulation cannot be trained: switch modulation off."
+        )
+        require(share is None or not self.modulation, "no LORAID owns the modulation: switch modulation off, or train without "
+                "a LORAID.")  # fmt: skip
+        whole = {m.name: (0, m.rows) for m in matrices if self.modulation or not m.modulation}
+        rows = whole if share is None else share
+        left = set(chosen(rows, self.include, self.exclude, [matrix.name for matrix in matrices]))
         require(bool(left), f"include and exclude leave none of the {len(rows)} matrices to train: widen them.")
         return {name: owned for name, owned in rows.items() if name in left}
 
 
 def make_adapters(
     dit: nn.Module, rows: Mapping[str, Rows], settings: NetworkSettings, matrices: Sequence[Matrix], title: str,
-    seed: int,
+    seed: int, names: LoRANames | None = None,
 ) -> dict[str, Adapter]:  # fmt: skip
-    """The adapters to train on a share: fresh ones, or those of the file to start from. `title` names the model.
+    """The adapters to train on a share: fresh ones, or those of the file to start from. `title` names the model, `names` are
+    its family's.
 
     Raises ValueError when that file does not fit.
     """
@@ -103,7 +116,7 @@ def make_adapters(
         dit, rows, settings.rank, settings.alpha, seed, kind=settings.kind, factor=settings.factor
     )
     if settings.start_from:
-        file = read_start(settings, rows, matrices, title)
+        file = read_start(settings, rows, matrices, title, names)
         for name, adapter in adapters.items():
             _copy(adapter, file.factors[name], f"{file.path.name}, '{name}'")
     for adapter in adapters.values():
@@ -111,7 +124,8 @@ def make_adapters(
     return adapters
 
 
-def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Sequence[Matrix], title: str) -> LoRAFile:
+def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Sequence[Matrix], title: str,
+               names: LoRANames | None = None) -> LoRAFile:  # fmt: skip
     """The file to start from. Raises ValueError when it does not fit the share, the kind and the rank.
 
     All or nothing: what would silently start afresh, or be lost, is an error.
@@ -119,7 +133,7 @@ def read_start(settings: NetworkSettings, rows: Mapping[str, Rows], matrices: Se
     path = Path(settings.start_from)
     if fingerprint(path) != settings.start_fingerprint:
         raise ValueError(f"{path.name}, the LoRA to start from, was changed. Queue the training again.")
-    file = files.read(path, matrices, title)
+    file = files.read(path, matrices, title, names)
     if file.unmatched:
         raise ValueError(
             f"{path.name} cannot be gone on from: {len(file.unmatched)} of its keys fit no matrix of this model "

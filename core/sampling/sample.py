@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,10 @@ def sample(
     sigmas, times = schedule.sigmas[first:], schedule.times.tolist()
     noise = seeded_noise(tuple(latents.shape), seed)
     x = (noise if first == 0 else noised(latents.cpu(), noise, sigmas[:1])).to(device)
-    plain = _velocity(dit, family, positive, x)
-    away = _velocity(dit, family, negative, x) if negative is not None else None
-    both = _both_velocities(dit, family, positive, negative, x) if batched and negative is not None else None
+    ends = dict(zip(times, [*times[1:], 0.0], strict=True)) if getattr(dit, "takes_end", False) else None
+    plain = _velocity(dit, family, positive, x, ends)
+    away = _velocity(dit, family, negative, x, ends) if negative is not None else None
+    both = _both_velocities(dit, family, positive, negative, x, ends) if batched and negative is not None else None
     scale = guidance if callable(guidance) else lambda sigma: guidance
 
     @torch.no_grad()  # not inference mode: a training goes on with what is gathered or streamed here
@@ -60,23 +61,34 @@ def sample(
     yield from SOLVERS[schedule.solver].steps(velocity, x, sigmas)
 
 
-def _velocity(dit: nn.Module, family: Family, states: States, like: Tensor) -> Velocity:
+Ends = Mapping[float, float] | None
+"""The time of each step -> that which the step leads to, for a transformer that is told it."""
+
+
+def _times(x: Tensor, time: float, ends: Ends) -> dict[str, Tensor]:
+    """The transformer's arguments of the time, (B,) each."""
+    times = {"time": time} if ends is None else {"time": time, "end": ends[time]}
+    return {name: torch.full((len(x),), value, device=x.device) for name, value in times.items()}
+
+
+def _velocity(dit: nn.Module, family: Family, states: States, like: Tensor, ends: Ends) -> Velocity:
     conditions = moved(family.conditions([states] * len(like)), like.device)
 
     def velocity(x: Tensor, time: float, left_out: Collection[int] = ()) -> Tensor:
-        return dit(x, torch.full((len(x),), time, device=x.device), skip_layers=left_out, **conditions)
+        return dit(x, **_times(x, time, ends), skip_layers=left_out, **conditions)
 
     return velocity
 
 
 def _both_velocities(
-    dit: nn.Module, family: Family, positive: States, negative: States, like: Tensor
+    dit: nn.Module, family: Family, positive: States, negative: States, like: Tensor, ends: Ends
 ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
     """Those with each of two prompts, made as one batch."""
     conditions = moved(family.conditions([positive] * len(like) + [negative] * len(like)), like.device)
 
     def velocities(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
-        return dit(torch.cat((x, x)), torch.full((2 * len(x),), time, device=x.device), **conditions).chunk(2)
+        x = torch.cat((x, x))
+        return dit(x, **_times(x, time, ends), **conditions).chunk(2)
 
     return velocities
 

@@ -21,7 +21,7 @@ from .distributions import Distribution
 from .job import Expert, Job, TrainingItem, TrainingSet
 from .loss import WEIGHTINGS
 from .team import ALONE, Team
-from .timesteps import distribution, draw
+from .timesteps import distribution, draw, squares
 
 
 def split(job: Job) -> tuple[list[TrainingSet], list[TrainingItem]]:
@@ -115,16 +115,15 @@ def stretches(job: Job, family: Family, first: int) -> Iterator[tuple[Expert, in
 def _share_of_high(job: Job, family: Family) -> float:
     """The share of the drawn noise levels that the high-noise expert is used for."""
     size = next(item.size for dataset in job.datasets for item in dataset.items)
-    tokens = family.latent.tokens(VideoSize(1, *size[1:]))
-    drawn = distribution(job.timesteps, family.variants[job.variant].training_shift, tokens)
+    drawn = distribution(job.timesteps, family.variants[job.variant].training_shift, squares(VideoSize(*size)))
     return 1 - drawn.cdf(torch.tensor([job.boundary], dtype=torch.float64)).item()
 
 
-def levels(job: Job, family: Family, expert: Expert, tokens: int) -> Distribution:
+def levels(job: Job, family: Family, expert: Expert, latents: VideoSize) -> Distribution:
     """The noise levels that a transformer is trained with. Raises ValueError when the settings leave none for it."""
     variant = family.variants[expert.variant]
     used_for = variant.levels(job.boundary) if job.low else job.timesteps.levels(variant)
-    return distribution(job.timesteps, variant.training_shift, tokens, used_for)
+    return distribution(job.timesteps, variant.training_shift, squares(latents), used_for)
 
 
 def steps(job: Job, family: Family, first: int, team: Team = ALONE) -> Iterator[list[Batch]]:
@@ -185,8 +184,7 @@ def batch_at(job: Job, family: Family, expert: Expert, items: Sequence[TrainingI
     )
     data = torch.stack(latents)
     noise = torch.randn(data.shape, generator=rng)
-    tokens = family.latent.tokens(VideoSize(1, *data.shape[3:]))
-    sigma = draw(levels(job, family, expert, tokens), u)
+    sigma = draw(levels(job, family, expert, VideoSize(*data.shape[2:])), u)
     weight = WEIGHTINGS[job.timesteps.weighting](sigma)
     texts = (cache_files.load_text(Path(item.text)) for item in items)
     conditions = family.conditions([{**text, **seen} for text, seen in zip(texts, images, strict=True)])

@@ -31,25 +31,25 @@ class Shown:
     subtitle: str
 
 
-def show(settings: TimestepSettings, recommended_shift: float, tokens: int, size: str,
+def show(settings: TimestepSettings, recommended_shift: float, frame: int, size: str,
          levels: tuple[float, float] = WHOLE) -> tuple[Image.Image, str]:  # fmt: skip
-    """The picture and the report for a model with this recommended shift and videos with so many tokens a frame.
+    """The picture and the report for a model with this recommended shift and videos with so many `squares` a frame.
 
     `size` says in words what the videos are, `levels` are the sigmas that the model is used for.
     """
-    made = distribution(settings, recommended_shift, tokens, levels)
+    made = distribution(settings, recommended_shift, frame, levels)
     u = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     timesteps = 1000 * draw(made, u)
     title = f"Timesteps: {settings.sampling}" + (f", {settings.density}" if settings.sampling == "sigma" else "")
-    shown = Shown(timesteps, settings, title, _subtitle(settings, recommended_shift, tokens, size, levels))
+    shown = Shown(timesteps, settings, title, _subtitle(settings, recommended_shift, frame, size, levels))
     return _picture(shown), _report(shown, made)
 
 
-def _subtitle(settings: TimestepSettings, recommended_shift: float, tokens: int, size: str,
+def _subtitle(settings: TimestepSettings, recommended_shift: float, frame: int, size: str,
               levels: tuple[float, float]) -> str:  # fmt: skip
     shift = settings.shift_for(recommended_shift)
     if shift is None:
-        words = [f"flow shift {SAMPLINGS[settings.sampling].shift_of(tokens):.2f} for {size}"]
+        words = [f"flow shift {SAMPLINGS[settings.sampling].shift_of(frame):.2f} for {size}"]
     else:
         words = [f"flow shift {shift:g}" + (" (recommended)" if settings.shift == 0 and shift != 1 else "")]
     if (settings.min_timestep, settings.max_timestep) != (0, 1000):

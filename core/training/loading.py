@@ -94,9 +94,7 @@ def trained_share(
     job: Job, family: Family, matrices: list[Matrix]
 ) -> tuple[dict[str, loraid.Rows], loraid.Allocation | None]:
     """The rows to train: of a LORAID's share or the whole model, what the patterns choose."""
-    rows, allocation = {matrix.name: (0, matrix.rows) for matrix in matrices}, None
-    if job.loraid is not None:
-        allocation = loraid.allocate(matrices, job.loraid)
+    allocation = loraid.allocate(matrices, job.loraid) if job.loraid else None
+    if allocation:
         log.info("%s", allocation.report())
-        rows = allocation.rows
-    return job.network.chosen(rows, (matrix.name for matrix in matrices)), allocation
+    return job.network.chosen(matrices, allocation and allocation.rows), allocation

@@ -65,7 +65,7 @@ def _network(job: Job) -> dict[str, str]:
     arguments = {
         "algo": network.kind, "factor": network.factor, "rank_dropout": network.rank_dropout,
         "module_dropout": network.module_dropout, "loraplus_lr_ratio": network.loraplus_lr_ratio,
-        "include_patterns": network.include, "exclude_patterns": network.exclude,
+        "include_patterns": network.include, "exclude_patterns": network.exclude, "modulation": network.modulation,
     }  # fmt: skip
     return {
         "ss_network_module": "videolora",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import require
 from ..family import Variant
+from ..shapes import VideoSize
 from .distributions import Cut, Distribution, LogitNormal, Mixture, Mode, Shifted, Squeezed, Steps, Uniform
 from .loss import WEIGHTINGS
 
@@ -63,8 +64,8 @@ DENSITIES: dict[str, Callable[[TimestepSettings], Distribution]] = {
 class Sampling:
     """A way of drawing. `uses` are the settings that it heeds, besides those that all do.
 
-    `shift_at` of a frame's tokens is the logarithm of the flow shift, for samplings that take it from the video's size:
-    the straight line through two points (tokens, value).
+    `shift_at` of a frame's `squares` is the logarithm of the flow shift, for samplings that take it from the
+    video's size: the straight line through two points (squares, value).
     """
 
     title: str
@@ -73,10 +74,16 @@ class Sampling:
     recommended: bool = False
     shift_at: tuple[tuple[float, float], tuple[float, float]] | None = None
 
-    def shift_of(self, tokens: int) -> float:
-        """The flow shift for a frame of so many tokens, when it depends on them."""
+    def shift_of(self, squares: int) -> float:
+        """The flow shift for a frame of so many squares, when it depends on them."""
         (x0, y0), (x1, y1) = self.shift_at
-        return math.exp(y0 + (tokens - x0) * (y1 - y0) / (x1 - x0))
+        return math.exp(y0 + (squares - x0) * (y1 - y0) / (x1 - x0))
+
+
+def squares(latents: VideoSize) -> int:
+    """How many squares of two by two latents a frame holds: the tokens of those models that the samplings which depend on the
+    size were made for, and what trainers count for all others too."""
+    return (latents.height // 2) * (latents.width // 2)
 
 
 _FLUX, _QWEN = ((256, 0.5), (4096, 1.15)), ((256, 0.5), (8192, 0.9))
@@ -183,16 +190,16 @@ WHOLE = (0.0, 1.0)
 
 
 def distribution(
-    settings: TimestepSettings, recommended_shift: float, tokens: int, levels: tuple[float, float] = WHOLE
+    settings: TimestepSettings, recommended_shift: float, size: int, levels: tuple[float, float] = WHOLE
 ) -> Distribution:
-    """The distribution of sigma. `tokens` are those of one frame of the sample; some samplings depend on them. `levels`
-    cuts out of it the sigmas that a model is used for.
+    """The distribution of sigma. Some samplings depend on the `size` of a frame, in `squares`. `levels` cuts out of it the
+    sigmas that a model is used for.
 
     Raises ValueError when the sampling makes nothing in the range.
     """
     sampling = SAMPLINGS[settings.sampling]
     shift = settings.shift_for(recommended_shift)
-    whole = sampling.make(settings, sampling.shift_of(tokens) if shift is None else shift)
+    whole = sampling.make(settings, sampling.shift_of(size) if shift is None else shift)
     low, high = settings.min_timestep / 1000, settings.max_timestep / 1000
     if (low, high) != WHOLE:
         whole = (Cut if settings.preserve_distribution_shape else Squeezed)(whole, low, high)

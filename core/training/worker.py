@@ -107,7 +107,7 @@ def _adapters(job: Job, family: Family, expert: Expert, part: Part, matrices: li
     with torch.device("meta"):
         dit = family.build_dit(part.config)
     title = family.variants[expert.variant].title
-    made = make_adapters(dit, rows, job.network, matrices, title, job.seed)
+    made = make_adapters(dit, rows, job.network, matrices, title, job.seed, family.lora_names)
     return {name: adapter.to(device) for name, adapter in made.items()}
 
 

@@ -45,6 +45,7 @@ FAMILY = Family(
     text_states=(defaults.LLM, defaults.LLM_MASK, defaults.POOLED, defaults.POOLED_MASK),
     load_text=text.load,
     load_vision=_no_vision,
+    comfyui_vision="",
     image_states=conditioning.image_states,
     conditions=conditioning.conditions,
     blank_text=conditioning.blank_text,

@@ -121,7 +121,7 @@ def recognise(shapes: Shapes) -> Part | None:
     return None
 
 
-def _depth(shapes: Shapes, stem: str) -> int:
+def depth_of(shapes: Shapes, stem: str) -> int:
     """How many numbered blocks stand behind `stem`."""
     return 1 + max((int(name[len(stem) :].split(".")[0]) for name in shapes if name.startswith(stem)), default=-1)
 
@@ -135,9 +135,9 @@ def _dit(shapes: Shapes, views: Mapping[str, View] | None = None) -> Part | None
     config = HunyuanVideoConfig(
         dim=patches[0],
         ffn_dim=shapes["double_blocks.0.img_mlp.fc1.weight"][0],
-        double_depth=_depth(shapes, "double_blocks."),
-        single_depth=_depth(shapes, "single_blocks."),
-        refiner_depth=_depth(shapes, "txt_in.individual_token_refiner.blocks."),
+        double_depth=depth_of(shapes, "double_blocks."),
+        single_depth=depth_of(shapes, "single_blocks."),
+        refiner_depth=depth_of(shapes, "txt_in.individual_token_refiner.blocks."),
         in_channels=patches[1],
         out_channels=shapes["final_layer.linear.weight"][0] // (PATCH[0] * PATCH[1] * PATCH[2]),
         text_dim=shapes["txt_in.input_embedder.weight"][1],
@@ -172,7 +172,7 @@ def _diffusers_views(shapes: Shapes) -> dict[str, View]:
     """The model's tensors in a file of diffusers' layout."""
     layers = dict(_DIFFUSERS)
     for ours, theirs, table in _DIFFUSERS_BLOCKS:
-        for number in range(_depth(shapes, f"{theirs}.")):
+        for number in range(depth_of(shapes, f"{theirs}.")):
             layers |= {f"{ours}.{number}.{layer}": tuple(f"{theirs}.{number}.{source}" for source in sources)
                        for layer, sources in table.items()}  # fmt: skip
     views = {}
@@ -216,10 +216,10 @@ def _llama(shapes: Shapes) -> Part | None:
         dim=shapes["embed_tokens.weight"][1],
         ffn_dim=shapes["layers.0.mlp.gate_proj.weight"][0],
         kv_heads=shapes[_LLAMA_ANCHOR][0] // LLAMA_HEAD_DIM,
-        depth=_depth(shapes, "layers.") - UNUSED_BLOCKS,
+        depth=depth_of(shapes, "layers.") - UNUSED_BLOCKS,
     )
     return Part(family=NAME, kind="text_encoder", title="LLaVA-Llama-3", config=config,
-                views=_used(shapes, "embed_tokens.", *(f"layers.{i}." for i in range(config.depth))), gives=(LLM, LLM_MASK))  # fmt: skip
+                views=used(shapes, "embed_tokens.", *(f"layers.{i}." for i in range(config.depth))), gives=(LLM, LLM_MASK))  # fmt: skip
 
 
 def _clip(shapes: Shapes) -> Part | None:
@@ -227,11 +227,11 @@ def _clip(shapes: Shapes) -> Part | None:
     if dim != _CLIP_DIM:
         raise ValueError(f"this is another CLIP text tower, of width {dim}; HunyuanVideo takes CLIP-L (clip_l).")
     config = CLIPTextConfig(vocabulary=vocabulary, dim=dim, ffn_dim=shapes[_CLIP_ANCHOR][0],
-                            depth=_depth(shapes, "encoder.layers."))  # fmt: skip
+                            depth=depth_of(shapes, "encoder.layers."))  # fmt: skip
     return Part(family=NAME, kind="text_encoder", title="CLIP-L text tower", config=config,
-                views=_used(shapes, "embeddings.", "encoder.", "final_layer_norm."), gives=(POOLED, POOLED_MASK))  # fmt: skip
+                views=used(shapes, "embeddings.", "encoder.", "final_layer_norm."), gives=(POOLED, POOLED_MASK))  # fmt: skip
 
 
-def _used(shapes: Shapes, *stems: str) -> dict[str, View]:
+def used(shapes: Shapes, *stems: str) -> dict[str, View]:
     """Of a file those tensors whose names begin so."""
     return {name: View.of(shape, name) for name, shape in shapes.items() if name.startswith(stems)}

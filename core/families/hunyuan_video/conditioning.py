@@ -65,22 +65,23 @@ def _states(llm: Tensor, pooled: Tensor) -> TextStates:
             POOLED_MASK: torch.ones(CLIP_TOKENS, dtype=torch.long)}  # fmt: skip
 
 
-def check_states(config: HunyuanVideoConfig, shapes: Mapping[str, Sequence[int]], size: VideoSize) -> None:
+def check_states(
+    config: HunyuanVideoConfig, images: ImageInput | None, shapes: Mapping[str, Sequence[int]], size: VideoSize
+) -> None:
     """Raise ValueError unless a transformer takes states of these shapes with latents of this size."""
-    takes_image = config.in_channels > LATENT.channels
-    if takes_image and IMAGE not in shapes:
+    if images and IMAGE not in shapes:
         raise ValueError(
             "this is an image-to-video model and there is no start image: sampling needs Encode Start Image before it, training a "
             "latent cache made with this model linked to Cache Latents."
         )
-    if not takes_image and IMAGE in shapes:
+    if not images and IMAGE in shapes:
         raise ValueError("this is a text-to-video model and cannot use a start image: use an image-to-video model.")
-    if takes_image and tuple(shapes[IMAGE][1:]) != tuple(size):
+    if images and tuple(shapes[IMAGE][1:]) != tuple(size):
         made, wanted = (LATENT.pixels(VideoSize(*one)) for one in (shapes[IMAGE][1:], size))
         raise ValueError(
             f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
         )
-    if tuple(shapes[POOLED]) != (config.pooled_dim,):
+    if POOLED in shapes and tuple(shapes[POOLED]) != (config.pooled_dim,):
         raise ValueError(f"the conditioning's pooled prompt has the shape {tuple(shapes[POOLED])}, and this model takes "
                          f"({config.pooled_dim},): it was made by the text encoder of another model.")  # fmt: skip
 

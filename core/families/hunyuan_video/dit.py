@@ -15,7 +15,8 @@ named as in the official checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,19 +38,25 @@ Lengths = tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class HunyuanVideoConfig:
-    """Sizes, all read from the checkpoint. `guidance`: the embedded guidance is one of its inputs."""
+class Sizes:
+    """Those that HunyuanVideo 1.5 has too; all are read from the checkpoint."""
 
     dim: int
     ffn_dim: int
     double_depth: int
-    single_depth: int
     refiner_depth: int
     in_channels: int
     out_channels: int
     text_dim: int
-    pooled_dim: int
     freq_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoConfig(Sizes):
+    """Sizes, all read from the checkpoint. `guidance`: the embedded guidance is one of its inputs."""
+
+    single_depth: int
+    pooled_dim: int
     guidance: bool
 
 
@@ -79,7 +86,7 @@ class VectorEmbedding(nn.Module):
 class ContextEmbedding(nn.Module):
     """The mean of a prompt's states (B, text_dim) -> (B, D)."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.linear_1, self.linear_2 = Linear(config.text_dim, config.dim), Linear(config.dim, config.dim)
 
@@ -88,7 +95,7 @@ class ContextEmbedding(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: HunyuanVideoConfig, activation: nn.Module) -> None:
+    def __init__(self, config: Sizes, activation: nn.Module) -> None:
         super().__init__()
         self.fc1, self.fc2 = Linear(config.dim, config.ffn_dim), Linear(config.ffn_dim, config.dim)
         self.activation = activation
@@ -112,7 +119,7 @@ class Modulation(nn.Module):
 class RefinerBlock(nn.Module):
     """Self-attention and feed-forward over the states of one prompt, each with a gate made of time and prompt."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         dim = config.dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
@@ -129,7 +136,7 @@ class RefinerBlock(nn.Module):
 class TextRefiner(nn.Module):
     """The states of one prompt (1, S, text_dim) and time (1,) -> (1, S, D)."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.input_embedder = Linear(config.text_dim, config.dim)
         self.t_embedder, self.c_embedder = TimeEmbedding(config.freq_dim, config.dim), ContextEmbedding(config)
@@ -144,12 +151,14 @@ class TextRefiner(nn.Module):
         return x
 
 
-class DoubleBlock(nn.Module):
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+class TwoStreamBlock(nn.Module):
+    """Attention of video and text together, with weights of their own for each but for what a subclass has: how queries,
+    keys and values are made, `_heads(img or txt, tokens)`."""
+
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         dim = config.dim
         self.img_mod, self.txt_mod = Modulation(dim, 6), Modulation(dim, 6)
-        self.img_attn_qkv, self.txt_attn_qkv = Linear(dim, dim * 3), Linear(dim, dim * 3)
         self.img_attn_q_norm, self.img_attn_k_norm = RMSNorm(HEAD_DIM), RMSNorm(HEAD_DIM)
         self.txt_attn_q_norm, self.txt_attn_k_norm = RMSNorm(HEAD_DIM), RMSNorm(HEAD_DIM)
         self.img_attn_proj, self.txt_attn_proj = Linear(dim, dim), Linear(dim, dim)
@@ -164,17 +173,32 @@ class DoubleBlock(nn.Module):
         img, txt = x.split(sizes, dim=1)
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vector)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vector)
-        img_q, img_k, img_v = _heads(self.img_attn_qkv(_modulated(img, img_shift1, img_scale1)))
-        txt_q, txt_k, txt_v = _heads(self.txt_attn_qkv(_modulated(txt, txt_shift1, txt_scale1)))
+        img_q, img_k, img_v = self._heads("img", modulated(img, img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self._heads("txt", modulated(txt, txt_shift1, txt_scale1))
         q = rotary(torch.cat((self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)), dim=1), cos, sin)
         k = rotary(torch.cat((self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)), dim=1), cos, sin)
         y = _attended(self.attend, q, k, torch.cat((img_v, txt_v), dim=1), lengths)
         img_y, txt_y = y.split(sizes, dim=1)
         img = torch.addcmul(img, self.img_attn_proj(img_y), img_gate1)
         txt = torch.addcmul(txt, self.txt_attn_proj(txt_y), txt_gate1)
-        img = torch.addcmul(img, self.img_mlp(_modulated(img, img_shift2, img_scale2)), img_gate2)
-        txt = torch.addcmul(txt, self.txt_mlp(_modulated(txt, txt_shift2, txt_scale2)), txt_gate2)
+        img = torch.addcmul(img, self.img_mlp(modulated(img, img_shift2, img_scale2)), img_gate2)
+        txt = torch.addcmul(txt, self.txt_mlp(modulated(txt, txt_shift2, txt_scale2)), txt_gate2)
         return torch.cat((img, txt), dim=1)
+
+    def _heads(self, stream: str, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, D) -> query, key, value (B, L, N, 128) each."""
+        raise NotImplementedError
+
+
+class DoubleBlock(TwoStreamBlock):
+    """Query, key and value in one matrix."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__(config)
+        self.img_attn_qkv, self.txt_attn_qkv = (Linear(config.dim, config.dim * 3) for _ in range(2))
+
+    def _heads(self, stream: str, x: Tensor) -> tuple[Tensor, ...]:
+        return _heads(getattr(self, f"{stream}_attn_qkv")(x))
 
 
 class SingleBlock(nn.Module):
@@ -195,7 +219,7 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         """x (B, L, D), vector (B, D) -> (B, L, D)."""
         shift, scale, gate = self.modulation(vector)
-        qkv, y = self.linear1(_modulated(x, shift, scale)).split(self.sizes, dim=2)
+        qkv, y = self.linear1(modulated(x, shift, scale)).split(self.sizes, dim=2)
         q, k, v = _heads(qkv)
         q, k = rotary(self.q_norm(q), cos, sin), rotary(self.k_norm(k), cos, sin)
         y = torch.cat((_attended(self.attend, q, k, v, lengths), F.gelu(y, approximate="tanh")), dim=2)
@@ -203,15 +227,15 @@ class SingleBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, dim: int, values: int) -> None:
         super().__init__()
-        self.linear = Linear(config.dim, config.out_channels * PATCH[0] * PATCH[1] * PATCH[2])
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.dim, config.dim * 2))
+        self.linear = Linear(dim, values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, dim * 2))
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        """x (B, V, D), vector (B, D) -> (B, V, C * 4)."""
+        """x (B, V, D), vector (B, D) -> (B, V, values of a patch)."""
         shift, scale = self.adaLN_modulation(vector).unsqueeze(1).chunk(2, dim=2)
-        return self.linear(_modulated(x, shift, scale))
+        return self.linear(modulated(x, shift, scale))
 
 
 class HunyuanVideoDiT(nn.Module):
@@ -229,7 +253,7 @@ class HunyuanVideoDiT(nn.Module):
             self.guidance_in = TimeEmbedding(config.freq_dim, dim)
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_depth))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FinalLayer(dim, config.out_channels * math.prod(PATCH))
         self.run_block = BlockRunner()
 
     @property
@@ -253,26 +277,39 @@ class HunyuanVideoDiT(nn.Module):
         x = latents if image_condition is None else torch.cat((latents, image_condition), dim=1)
         x = self.img_in["proj"](x.to(self.dtype))  # (B, D, F, H / 2, W / 2)
         sizes = x.shape[2:]
-        text, text_lengths = self._refined(text_states, time)
+        text = refined(self.txt_in, text_states, time)
         vector = self.time_in(time) + self.vector_in(pooled.to(self.dtype))
         if self.config.guidance:
             vector = vector + self.guidance_in(guidance)
-        x = torch.cat((x.flatten(2).transpose(1, 2), text), dim=1)
-        text_tokens = text.shape[1]
-        video_tokens = x.shape[1] - text_tokens
-        lengths = tuple(video_tokens + length for length in text_lengths) if len(set(text_lengths)) > 1 else None
-        cos, sin = rotary_tables(sizes, ROTARY_DIMS, ROTARY_THETA, x.device)
-        cos, sin = (F.pad(table, (0, 0, 0, 0, 0, text_tokens), value=rest) for table, rest in ((cos, 1), (sin, 0)))
-        for number, block in enumerate((*self.double_blocks, *self.single_blocks)):
-            if number not in skip_layers:
-                x = self.run_block(block, x, vector, cos, sin, text_tokens, lengths)
-        return _unpatchified(self.final_layer(x[:, :video_tokens], vector).float(), sizes)
+        blocks = (
+            block
+            for number, block in enumerate((*self.double_blocks, *self.single_blocks))
+            if number not in skip_layers
+        )
+        x = through_blocks(self.run_block, blocks, x, text, vector)
+        return _unpatchified(self.final_layer(x, vector).float(), sizes)
 
-    def _refined(self, text_states: Sequence[Tensor], time: Tensor) -> tuple[Tensor, list[int]]:
-        """The prompts (B, S, D), filled up to the longest, and their lengths."""
-        prompts = (states.to(self.dtype).unsqueeze(0) for states in text_states)
-        refined = [self.txt_in(states, at)[0] for states, at in zip(prompts, time.split(1), strict=True)]
-        return pad_sequence(refined, batch_first=True), [len(states) for states in text_states]
+
+def refined(txt_in: TextRefiner, text_states: Sequence[Tensor], time: Tensor) -> list[Tensor]:
+    """Prompts (S, text_dim) -> (S, D) each, refined alone."""
+    dtype = txt_in.input_embedder.bias.dtype
+    return [txt_in(states.to(dtype)[None], at)[0] for states, at in zip(text_states, time.split(1), strict=True)]
+
+
+def through_blocks(
+    run_block: BlockRunner, blocks: Iterable[nn.Module], x: Tensor, text: Sequence[Tensor], vector: Tensor
+) -> Tensor:
+    """Video (B, D, F, H, W) in patches and the text tokens (S, D) of each sample -> video tokens (B, V, D)."""
+    text_lengths, padded = [len(tokens) for tokens in text], pad_sequence(text, batch_first=True)
+    cos, sin = rotary_tables(x.shape[2:], ROTARY_DIMS, ROTARY_THETA, x.device)
+    x = torch.cat((x.flatten(2).transpose(1, 2), padded), dim=1)
+    text_tokens = padded.shape[1]
+    video_tokens = x.shape[1] - text_tokens
+    lengths = tuple(video_tokens + length for length in text_lengths) if len(set(text_lengths)) > 1 else None
+    cos, sin = (F.pad(table, (0, 0, 0, 0, 0, text_tokens), value=rest) for table, rest in ((cos, 1), (sin, 0)))
+    for block in blocks:
+        x = run_block(block, x, vector, cos, sin, text_tokens, lengths)
+    return x[:, :video_tokens]
 
 
 def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -280,7 +317,7 @@ def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.unflatten(2, (3, -1, HEAD_DIM)).unbind(2)
 
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 

@@ -35,28 +35,32 @@ TEMPLATE = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 TEMPLATE_TOKENS = 95  # before the prompt
-LLAMA_HEAD_DIM, ROTARY_THETA = 128, 500000.0
+LLAMA_HEAD_DIM = 128
 CLIP_HEAD_DIM = 64
 UNUSED_BLOCKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Sizes, all read from the checkpoint. `depth` counts the blocks that are used."""
+    """Sizes, all read from the checkpoint. `depth` counts the blocks that are used. The rest is Llama 3's where nothing is
+    said: what its norms add, the base of its rotary embedding, and whether queries, keys and values have a bias."""
 
     vocabulary: int
     dim: int
     ffn_dim: int
     kv_heads: int
     depth: int
+    eps: float = 1e-5
+    rotary_theta: float = 500000.0
+    qkv_bias: bool = False
 
 
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         dim, of_kv = config.dim, config.kv_heads * LLAMA_HEAD_DIM
-        self.q_proj, self.o_proj = _projection(dim, dim), _projection(dim, dim)
-        self.k_proj, self.v_proj = _projection(dim, of_kv), _projection(dim, of_kv)
+        self.q_proj, self.o_proj = _projection(dim, dim, config.qkv_bias), _projection(dim, dim)
+        self.k_proj, self.v_proj = (_projection(dim, of_kv, config.qkv_bias) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
@@ -82,7 +86,7 @@ class LlamaMLP(nn.Module):
 class LlamaBlock(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(config.dim, eps=1e-5) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(config.dim, config.eps) for _ in range(2))
         self.self_attn, self.mlp = LlamaAttention(config), LlamaMLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,17 +95,18 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama 3 (arXiv 2407.21783) without its end."""
+    """Llama 3 (arXiv 2407.21783), or a model of its kind, without its end."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.theta = config.rotary_theta
         self.embed_tokens = nn.Embedding(config.vocabulary, config.dim)
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.depth))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token numbers (B, L) -> states (B, L, D)."""
         x = self.embed_tokens(ids)
-        frequencies = ROTARY_THETA ** (-torch.arange(0, LLAMA_HEAD_DIM, 2, device=x.device).float() / LLAMA_HEAD_DIM)
+        frequencies = self.theta ** (-torch.arange(0, LLAMA_HEAD_DIM, 2, device=x.device).float() / LLAMA_HEAD_DIM)
         angles = torch.arange(ids.shape[1], device=x.device).float()[:, None] * frequencies
         angles = torch.cat((angles, angles), dim=1)  # (L, 128)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -110,9 +115,10 @@ class Llama(nn.Module):
         return x
 
 
-def _projection(inputs: int, outputs: int) -> Linear:
+def _projection(inputs: int, outputs: int, bias: bool = False) -> Linear:
     layer = Linear(inputs, outputs)
-    layer.register_parameter("bias", None)
+    if not bias:
+        layer.register_parameter("bias", None)
     return layer
 
 
@@ -185,7 +191,7 @@ class LlamaTokenizer:
     def __init__(self, folders: Iterable[Path]) -> None:
         import tokenizers
 
-        folder = _folder_with(("tokenizer.json",), folders, "LLaVA-Llama-3")
+        folder = folder_with(("tokenizer.json",), "<|start_header_id|>", folders, "LLaVA-Llama-3")
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def _whole(self, prompt: str) -> list[int]:
@@ -202,7 +208,7 @@ class CLIPTokenizer:
     def __init__(self, folders: Iterable[Path]) -> None:
         from transformers import CLIPTokenizer as Tokenizer
 
-        folder = _folder_with(("vocab.json", "merges.txt"), folders, "CLIP-L")
+        folder = folder_with(("vocab.json", "merges.txt"), "<|startoftext|>", folders, "CLIP-L")
         self.tokenizer = Tokenizer.from_pretrained(str(folder), local_files_only=True)
 
     def __call__(self, prompt: str) -> list[int]:
@@ -250,11 +256,14 @@ def _mask(used: int, tokens: int) -> Tensor:
     return (torch.arange(tokens) < used).long()
 
 
-def _folder_with(names: Sequence[str], folders: Iterable[Path], title: str) -> Path:
-    """The first folder that holds all these files. ValueError when none does."""
+def folder_with(names: Sequence[str], token: str, folders: Iterable[Path], title: str) -> Path:
+    """The first folder that holds all these files, the first of which knows `token`: others have files of the same names.
+    ValueError when none does."""
     folders = list(folders)
     for folder in folders:
-        if all((folder / name).is_file() for name in names):
+        if all((folder / name).is_file() for name in names) and token in (folder / names[0]).read_text(
+            encoding="utf-8"
+        ):
             return folder
     raise ValueError(
         f"the tokenizer of {title} was not found: put {' and '.join(names)} of the model's repository into {folders[0]}."

@@ -40,6 +40,7 @@ FAMILY = Family(
     text_states=(defaults.TEXT,),
     load_text=text.load,
     load_vision=vision.load,
+    comfyui_vision="penultimate_hidden_states",
     image_states=conditioning.image_states,
     conditions=conditioning.conditions,
     blank_text=conditioning.blank_text,

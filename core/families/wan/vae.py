@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...modules.attention import attention
+from ...modules.clip_stream import ChannelRMSNorm, Stream
 
 _ENCODER_TIME = (False, True, True)  # which of the three downsamplings halve time as well
 _CHUNK = 4  # pixel frames per latent frame
@@ -26,22 +27,6 @@ class WanVAEConfig:
 
     widths: tuple[int, int, int, int]
     latent_channels: int
-
-
-class Stream:
-    """What the layers remember between two chunks of one clip, on the CPU when `on_cpu`."""
-
-    def __init__(self, on_cpu: bool) -> None:
-        self._kept: dict[nn.Module, Tensor] = {}
-        self._device = torch.device("cpu") if on_cpu else None
-
-    def recall(self, layer: nn.Module, device: torch.device) -> Tensor | None:
-        """What the layer kept, or None at the clip's first chunk."""
-        kept = self._kept.get(layer)
-        return None if kept is None else kept.to(device)
-
-    def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        self._kept[layer] = frames.to(self._device or frames.device, copy=True)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -59,23 +44,12 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(x)
 
 
-class RMSNorm(nn.Module):
-    """Normalises over channels."""
-
-    def __init__(self, channels: int, dims: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels, *[1] * dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (self.gamma * self.gamma.shape[0] ** 0.5)
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.residual = nn.ModuleDict({
-            "0": RMSNorm(in_channels, 3), "2": CausalConv3d(in_channels, out_channels, (3, 3, 3)),
-            "3": RMSNorm(out_channels, 3), "6": CausalConv3d(out_channels, out_channels, (3, 3, 3)),
+            "0": ChannelRMSNorm(in_channels, 3), "2": CausalConv3d(in_channels, out_channels, (3, 3, 3)),
+            "3": ChannelRMSNorm(out_channels, 3), "6": CausalConv3d(out_channels, out_channels, (3, 3, 3)),
         })  # fmt: skip
         if in_channels != out_channels:
             self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
@@ -92,7 +66,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(channels, 2)
+        self.norm = ChannelRMSNorm(channels, 2)
         self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -157,7 +131,7 @@ class _Coder(nn.Module):
         self.middle = nn.ModuleList(
             (ResidualBlock(middle, middle), AttentionBlock(middle), ResidualBlock(middle, middle))
         )
-        self.head = nn.ModuleDict({"0": RMSNorm(head_in, 3), "2": CausalConv3d(head_in, head_out, (3, 3, 3))})
+        self.head = nn.ModuleDict({"0": ChannelRMSNorm(head_in, 3), "2": CausalConv3d(head_in, head_out, (3, 3, 3))})
 
     def _head(self, x: Tensor, stream: Stream) -> Tensor:
         return self.head["2"](F.silu(self.head["0"](x)), stream)

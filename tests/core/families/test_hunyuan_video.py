@@ -7,7 +7,7 @@ from layouts import in_comfyuis_names, in_diffusers_names, in_module
 from safetensors.torch import save_file
 from videolora.core.families import FAMILIES, open_part, recognise, variant_of
 from videolora.core.families.hunyuan_video import text, vae
-from videolora.core.families.hunyuan_video.defaults import IMAGE, LLM, LLM_MASK, POOLED, POOLED_MASK
+from videolora.core.families.hunyuan_video.defaults import IMAGE, LLM, LLM_MASK, POOLED, POOLED_MASK, START
 from videolora.core.family import GUIDANCE
 from videolora.core.lora.inventory import blocks_of, inventory
 from videolora.core.modules.quantized import to_scaled_fp8
@@ -273,6 +273,7 @@ CONFIGS = {
     name: HV.recognise(reference.manifest(manifest)).config
     for name, manifest in {"t2v": "skyreels_v1_t2v_kijai", "i2v": "skyreels_v1_i2v_kijai"}.items()
 }
+TAKES = {"t2v": None, "i2v": START}
 SIZE = VideoSize(3, 4, 6)
 STATES = {LLM: (256, 4096), LLM_MASK: (256,), POOLED: (768,), POOLED_MASK: (77,)}
 
@@ -285,12 +286,12 @@ STATES = {LLM: (256, 4096), LLM_MASK: (256,), POOLED: (768,), POOLED_MASK: (77,)
 )  # fmt: skip
 def test_states_that_the_transformer_cannot_take_are_refused(config, shapes, message):
     with pytest.raises(ValueError, match=message):
-        HV.check_states(CONFIGS[config], {**STATES, **shapes}, SIZE)
+        HV.check_states(CONFIGS[config], TAKES[config], {**STATES, **shapes}, SIZE)
 
 
 def test_states_that_fit_are_taken():
-    HV.check_states(CONFIGS["t2v"], STATES, SIZE)
-    HV.check_states(CONFIGS["i2v"], {**STATES, IMAGE: (16, *SIZE)}, SIZE)
+    HV.check_states(CONFIGS["t2v"], None, STATES, SIZE)
+    HV.check_states(CONFIGS["i2v"], START, {**STATES, IMAGE: (16, *SIZE)}, SIZE)
     blank = HV.blank_text(CONFIGS["t2v"])
     assert {name: tuple(value.shape) for name, value in blank.items()} == STATES
 

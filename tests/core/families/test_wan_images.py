@@ -5,6 +5,7 @@ import reference
 import torch
 from safetensors.torch import save_file
 from videolora.core.families import FAMILIES, open_part
+from videolora.core.families.wan import defaults
 from videolora.core.families.wan.defaults import CLIP, IMAGE, TEXT
 from videolora.core.shapes import VideoSize
 from videolora.core.weights import load_into
@@ -108,6 +109,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
+TAKES = {"t2v": None, "2.1": defaults.START_SEEN, "flf": defaults.START_END_SEEN, "2.2": defaults.START}
+
+
 @pytest.mark.parametrize(
     ("config", "shapes", "message"),
     [("2.1", {}, "there is no start image"), ("2.2", {}, "there is no start image"),
@@ -119,11 +123,11 @@ CONFIGS = {
 )  # fmt: skip
 def test_states_that_the_transformer_cannot_take_are_refused(config, shapes, message):
     with pytest.raises(ValueError, match=message):
-        WAN.check_states(CONFIGS[config], {TEXT: (5, 4096), **shapes}, LATENTS)
+        WAN.check_states(CONFIGS[config], TAKES[config], {TEXT: (5, 4096), **shapes}, LATENTS)
 
 
 @pytest.mark.parametrize(("config", "tokens"), [("2.1", 257), ("flf", 514), ("2.2", 0), ("t2v", 0)])
 def test_states_that_fit_are_taken(config, tokens):
     shapes = {} if config == "t2v" else {IMAGE: (20, *LATENTS)}
     shapes |= {CLIP: (tokens, 1280)} if tokens else {}
-    WAN.check_states(CONFIGS[config], {TEXT: (5, 4096), **shapes}, LATENTS)
+    WAN.check_states(CONFIGS[config], TAKES[config], {TEXT: (5, 4096), **shapes}, LATENTS)

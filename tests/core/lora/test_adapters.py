@@ -299,19 +299,18 @@ def test_a_file_that_does_not_fit_what_is_trained_is_an_error(changes, number, m
     rows, _ = share(matrices, number)
     again = replace(settings, **{"start_from": str(path), "start_fingerprint": fingerprint(path), **changes})
     with pytest.raises(ValueError, match=message):
-        make_adapters(dit_of(checkpoint), again.chosen(rows, rows), again, matrices, "", seed=5)
+        make_adapters(dit_of(checkpoint), again.chosen(matrices, rows), again, matrices, "", seed=5)
 
 
 def test_patterns_choose_matrices_by_their_whole_names(matrices):
-    names = [m.name for m in matrices]
     rows, _ = share(matrices, None)
-    chosen = NetworkSettings(include=(".*self_attn.*", ".*ffn.*"), exclude=(r"blocks\.0\..*",)).chosen(rows, names)
+    chosen = NetworkSettings(include=(".*self_attn.*", ".*ffn.*"), exclude=(r"blocks\.0\..*",)).chosen(matrices)
     assert chosen and all(name.startswith("blocks.1.") and "cross" not in name for name in chosen)
-    assert NetworkSettings().chosen(rows, names) == rows
+    assert NetworkSettings().chosen(matrices) == rows
     with pytest.raises(ValueError, match=r"'self_attn' matches none .* use \.\*self_attn\.\*"):
-        NetworkSettings(include=("self_attn",)).chosen(rows, names)
+        NetworkSettings(include=("self_attn",)).chosen(matrices)
     with pytest.raises(ValueError, match="leave none"):
-        NetworkSettings(exclude=(".*",)).chosen(rows, names)
+        NetworkSettings(exclude=(".*",)).chosen(matrices)
 
 
 @pytest.mark.parametrize(
