@@ -25,7 +25,6 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from comfy.cli_args import args
@@ -92,7 +91,7 @@ def _is_foreign(request: web.Request) -> bool:
         return site not in ("same-origin", "none")
     origin = request.headers.get("Origin")
     host = request.headers.get("X-Forwarded-Host") or request.headers.get("Host", "")
-    return origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+    return origin is not None and origin.partition("://")[2].lower() != host.lower()
 
 
 async def _list(request: web.Request) -> web.Response:
