@@ -177,6 +177,8 @@ def test_a_training_is_watched_paused_found_again_after_a_reload_stopped_and_com
         assert page.page.locator(".vl-button:visible").count() == 0
     assert not editor.do("Boolean(app.extensionManager.lastExecutionError)"), "what the user has stopped is no error"
     until(lambda: not server.get("/queue")["queue_running"])
+    (entry,) = server.get("/history?max_items=1").values()
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
     second.page.close()
     assert not second.complaints
 
