@@ -222,7 +222,7 @@ def _since(run: Run, cursor: str) -> dict[str, Any]:
     now = last and {name: last[name] for name in ("epoch", "gradient_norm", "seconds", "seconds_left", "memory")}
     return {
         **_described(run), "cursor": f"{attempt}:{reader.position}", "anew": anew, "columns": columns, "now": now,
-        "previews": _previews(run), "notes": run.notes()[-20:], "log": run.log_end(1),
+        "previews": _previews(run), "notes": run.notes()[-20:], "log": run.last_message(),
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -209,6 +210,11 @@ class Run:
         if not self.log.exists():
             return "(nothing was logged)"
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def last_message(self) -> str:
+        """The last line of the log that begins with the time, as messages do; empty before the first."""
+        lines = self.log_end(200).splitlines()
+        return next((line for line in reversed(lines) if re.match(r"\d\d:\d\d:\d\d ", line)), "")
 
 
 class MetricsReader:
