@@ -739,8 +739,8 @@ Latents too: what the model is told of each clip's first frame is cached with th
 
 def hunyuan15_t2v_sample() -> Graph:
     graph = Graph(f"""# A video with HunyuanVideo 1.5
-Words in quotes in the prompt are to be written in the video. Guidance is 6 and the flow shift 7, as the authors recommend; for a
-file that is guidance-distilled set the guidance to 1.
+Words in quotes in the prompt are to be written in the video. Guidance is 6 and the flow shift 7, as the authors recommend; files
+that are guidance-distilled (`cfg_distilled` in their names) have a guidance of 1.
 
 {_hunyuan_15_files(HUNYUAN_15_T2V)}""")
     dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_T2V)

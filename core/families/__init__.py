@@ -77,4 +77,4 @@ def variant_of(path: Path, part: Part, name: str = "auto") -> Variant:
         raise ValueError(f"{path.name} is no {name}: its tensors are those of {' or '.join(part.variants)}.")
     words = path.stem.lower().replace("-", "_")
     named = (variants[one] for one in part.variants if variants[one].file_word and variants[one].file_word in words)
-    return next(named, variants[part.variants[0]])
+    return max(named, key=lambda variant: len(variant.file_word), default=variants[part.variants[0]])

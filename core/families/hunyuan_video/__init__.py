@@ -22,7 +22,7 @@ FAMILY = Family(
     latent=defaults.LATENT,
     cache_dtype=torch.float16,
     cache_scaled=False,
-    base_model="hunyuan_video",
+    base_model="hunyuan-video",
     variants=defaults.VARIANTS,
     blocks=(
         BlockKind(

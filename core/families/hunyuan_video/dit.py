@@ -173,16 +173,16 @@ class TwoStreamBlock(nn.Module):
         img, txt = x.split(sizes, dim=1)
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vector)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vector)
-        img_q, img_k, img_v = self._heads("img", modulated(img, img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self._heads("txt", modulated(txt, txt_shift1, txt_scale1))
+        img_q, img_k, img_v = self._heads("img", _modulated(img, img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self._heads("txt", _modulated(txt, txt_shift1, txt_scale1))
         q = rotary(torch.cat((self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)), dim=1), cos, sin)
         k = rotary(torch.cat((self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)), dim=1), cos, sin)
         y = _attended(self.attend, q, k, torch.cat((img_v, txt_v), dim=1), lengths)
         img_y, txt_y = y.split(sizes, dim=1)
         img = torch.addcmul(img, self.img_attn_proj(img_y), img_gate1)
         txt = torch.addcmul(txt, self.txt_attn_proj(txt_y), txt_gate1)
-        img = torch.addcmul(img, self.img_mlp(modulated(img, img_shift2, img_scale2)), img_gate2)
-        txt = torch.addcmul(txt, self.txt_mlp(modulated(txt, txt_shift2, txt_scale2)), txt_gate2)
+        img = torch.addcmul(img, self.img_mlp(_modulated(img, img_shift2, img_scale2)), img_gate2)
+        txt = torch.addcmul(txt, self.txt_mlp(_modulated(txt, txt_shift2, txt_scale2)), txt_gate2)
         return torch.cat((img, txt), dim=1)
 
     def _heads(self, stream: str, x: Tensor) -> tuple[Tensor, ...]:
@@ -219,7 +219,7 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         """x (B, L, D), vector (B, D) -> (B, L, D)."""
         shift, scale, gate = self.modulation(vector)
-        qkv, y = self.linear1(modulated(x, shift, scale)).split(self.sizes, dim=2)
+        qkv, y = self.linear1(_modulated(x, shift, scale)).split(self.sizes, dim=2)
         q, k, v = _heads(qkv)
         q, k = rotary(self.q_norm(q), cos, sin), rotary(self.k_norm(k), cos, sin)
         y = torch.cat((_attended(self.attend, q, k, v, lengths), F.gelu(y, approximate="tanh")), dim=2)
@@ -235,7 +235,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         """x (B, V, D), vector (B, D) -> (B, V, values of a patch)."""
         shift, scale = self.adaLN_modulation(vector).unsqueeze(1).chunk(2, dim=2)
-        return self.linear(modulated(x, shift, scale))
+        return self.linear(_modulated(x, shift, scale))
 
 
 class HunyuanVideoDiT(nn.Module):
@@ -317,7 +317,7 @@ def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.unflatten(2, (3, -1, HEAD_DIM)).unbind(2)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 

@@ -81,10 +81,9 @@ def _dit(shapes: Shapes) -> Part | None:
         raise ValueError(
             f"its width {config.dim} is no multiple of {HEAD_DIM}: this is no HunyuanVideo 1.5 transformer."
         )
-    variants = _variants(config)
-    size = f"{config.double_depth} blocks, width {config.dim}"
-    return Part(family=NAME, kind="dit", title=f"{' or '.join(variants)}, {size}", config=config, variants=variants,
-                views=views, width=config.dim, text_width=config.text_dim)  # fmt: skip
+    title = f"HunyuanVideo 1.5, {config.double_depth} blocks, width {config.dim}"
+    return Part(family=NAME, kind="dit", title=title, config=config, variants=_variants(config), views=views,
+                width=config.dim, text_width=config.text_dim)  # fmt: skip
 
 
 def _variants(config: HunyuanVideo15Config) -> tuple[str, ...]:

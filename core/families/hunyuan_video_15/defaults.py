@@ -32,19 +32,23 @@ def _variant(name: str, title: str, size: VideoSize, *, images: ImageInput | Non
                    file_word=file_word)  # fmt: skip
 
 
-_T2V = (_variant("t2v-720p", "T2V 720p", _720P), _variant("t2v-480p", "T2V 480p", _480P, file_word="480p_t2v"))
-_I2V = (
-    _variant("i2v-720p", "I2V 720p", _720P, images=START, file_word="720p_i2v"),
-    _variant("i2v-480p", "I2V 480p", _480P, images=START, file_word="480p_i2v"),
-)
-_STEP_DISTILLED = (
-    _variant("i2v-480p-distilled", "I2V 480p, step-distilled", _480P, images=START, steps=8, guidance=1.0),
-    _variant("t2v-480p-distilled", "T2V 480p, step-distilled", _480P, steps=8, guidance=1.0, file_word="t2v"),
-)
+_TASKS = {f"{task}-{side}": (f"{task.upper()} {side}", size, images, f"{side}_{task}")
+          for task, images in (("t2v", None), ("i2v", START)) for side, size in (("720p", _720P), ("480p", _480P))}  # fmt: skip
+_PLAIN = [
+    _variant(name, title, size, images=images, file_word=word) for name, (title, size, images, word) in _TASKS.items()
+]
+# What guidance would do was distilled into these.
+_GUIDANCE_DISTILLED = [
+    _variant(f"{name}-cfg-distilled", f"{title}, guidance-distilled", size, images=images, guidance=1.0, file_word=f"{word}_cfg_distilled")
+    for name, (title, size, images, word) in _TASKS.items()
+]  # fmt: skip
+_STEP_DISTILLED = _variant("i2v-480p-distilled", "I2V 480p, step-distilled", _480P, images=START, steps=8, guidance=1.0)
 _SUPER_RESOLUTION = _variant("sr", "super-resolution", _720P, unusable="it enlarges videos that another model has made, which is not "
                              "supported; use ComfyUI's own nodes for it")  # fmt: skip
 
-VARIANTS = {variant.name: variant for variant in (*_T2V, *_I2V, *_STEP_DISTILLED, _SUPER_RESOLUTION)}
+VARIANTS = {variant.name: variant for variant in (*_PLAIN, *_GUIDANCE_DISTILLED, _STEP_DISTILLED, _SUPER_RESOLUTION)}
+# The releases of files with the same tensors, the most likely first.
 PLAIN, STEP_DISTILLED, SUPER_RESOLUTION = (
-    tuple(variant.name for variant in some) for some in ((*_T2V, *_I2V), _STEP_DISTILLED, (_SUPER_RESOLUTION,))
+    tuple(variant.name for variant in some)
+    for some in ((*_PLAIN, *_GUIDANCE_DISTILLED), (_STEP_DISTILLED,), (_SUPER_RESOLUTION,))
 )

@@ -269,7 +269,8 @@ def test_relatives_are_refused_or_left_to_others():
 def test_recommended_settings():
     for name in PLAIN:
         variant = HV15.variants[name]
-        assert (variant.guidance, variant.shift_for(1280, 720, 50), variant.steps) == (6.0, 7.0, 50)
+        guidance = 1.0 if "distilled" in name else 6.0
+        assert (variant.guidance, variant.shift_for(1280, 720, 50), variant.steps) == (guidance, 7.0, 50)
         assert variant.training_sampling == "flux_shift" and bool(variant.images) == ("i2v" in name)
 
 
@@ -571,7 +572,7 @@ def test_qwen_of_newer_transformers_is_recognised():
 def test_a_file_is_taken_for_the_release_that_it_is_named_after(tmp_path):
     save_file(fused(reference.vector(I2V)[1]), tmp_path / "model.safetensors")
     _, part = open_part(tmp_path / "model.safetensors", "dit")
-    for name, variant in {"hunyuanvideo1.5_720p_i2v_fp16": "i2v-720p", "hunyuanvideo1.5_480p_i2v_cfg_distilled_fp16": "i2v-480p",
+    for name, variant in {"hunyuanvideo1.5_720p_i2v_fp16": "i2v-720p", "hunyuanvideo1.5_480p_i2v_cfg_distilled_fp16": "i2v-480p-cfg-distilled",
                           "hunyuanvideo1.5_480p_t2v_fp16": "t2v-480p", "anything": "t2v-720p"}.items():  # fmt: skip
         assert variant_of(tmp_path / f"{name}.safetensors", part).name == f"hunyuan-1.5-{variant}"
     with pytest.raises(ValueError, match="is no skyreels-v1-i2v"):

@@ -16,6 +16,7 @@ from videolora.core.data.config import DatasetConfig
 from videolora.core.data.planning import Dataset, ImagePlan, plan_latents, plan_text
 from videolora.core.families import FAMILIES, open_part
 from videolora.core.families.hunyuan_video_15.defaults import GLYPH, IMAGE, START, TEXT, VISION
+from videolora.core.io import latents as latent_files
 from videolora.core.io.files import fingerprint
 from videolora.core.lora import files
 from videolora.core.lora.adapter import attached
@@ -28,6 +29,7 @@ from videolora.core.sampling.schedule import Schedule
 from videolora.core.text import JointTextEncoder
 from videolora.core.training import batches, loop
 from videolora.core.training.job import MemorySettings, TimestepSettings, TrainingItem, TrainingSet
+from videolora.core.training.prompts import Preview, PreviewSettings
 from videolora.core.training.run import Run
 from videolora.core.weights import load_into
 
@@ -195,6 +197,26 @@ def test_both_layouts_and_all_that_saves_memory_give_the_same_gradients(clips, t
     for other in (gradients("comfyui"), gradients("comfyui", True), gradients("official", True, True)):
         for ours, theirs in zip(plain, other, strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_a_preview_is_what_sampling_gives(clips, tmp_path):
+    """Of image-to-video with guidance, one prompt with quoted words and one without."""
+    dit, _ = opened(clips, "official")
+    told = [cache_files.load_text(Path(item.text)) for item in clips[1][:2]]
+    seen = cache_files.load_sample(Path(clips[1][0].latents), HV15, START)[1]
+    for name, states in (("away", told[0]), ("toward", told[1]), ("images", seen)):
+        cache_files.save_text(tmp_path / f"{name}.safetensors", states, "", HV15, "")
+    preview = Preview(
+        prompt="a shape", states=str(tmp_path / "toward.safetensors"), negative_states=str(tmp_path / "away.safetensors"),
+        images=str(tmp_path / "images.safetensors"), width=48, height=32, frames=1, seed=1, steps=2, guidance=6.0, shift=7.0,
+    )  # fmt: skip
+    one = job(clips, tmp_path / "out", I2V, previews=PreviewSettings(prompts=(preview,), at_start=True), steps=1)
+    this = Run.of(one, tmp_path / "runs")
+    assert small_job.work(this) == 0 and not this.notes(), this.log_end()
+    shown, _ = latent_files.load(this.preview_path(0, 0, latent_files.SUFFIX))
+    *_, reached = sample(dit, HV15, torch.zeros(1, 32, 1, 2, 3), {**told[1], **seen}, {**told[0], **seen},
+                         Schedule(steps=2, shift=7.0), 6.0, 1, CPU)  # fmt: skip
+    torch.testing.assert_close(shown, HV15.latent.from_model(reached.latents), rtol=1e-3, atol=1e-3)
 
 
 def test_guidance_leads_away_from_the_negative_prompt_alone_or_in_one_batch(clips):
