@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
+# What the panels in web/ need of their nodes: width, and height besides sockets and inputs.
+_PANELS = {
+    "VideoLoRATrain": (520, 640),
+    "VideoLoRASelectLORAID": (460, 360),
+    "VideoLoRAInspectLoRA": (460, 360),
+    "VideoLoRAFlowSchedule": (_WIDTH, 190),
+    "VideoLoRACFGSkip": (_WIDTH, 110),
+    "VideoLoRADatasetPreview": (620, 440),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, column: int, kind: str, title: str = "", size: tuple[int, int] = (_WIDTH, 0), **inputs: Any) -> Node:
-        node = Node(str(len(self.nodes) + 1), kind, title, column, inputs, size)
+        width, _ = _PANELS.get(kind, size)
+        node = Node(str(len(self.nodes) + 1), kind, title, column, inputs, (max(width, size[0]), size[1]))
         self.nodes.append(node)
         return node
 
@@ -70,7 +80,7 @@ class Graph:
                 _is_widget(kind) and not options.get("advanced") for _, kind, options in _inputs(info[node.kind])
             )
             height = 110 + 26 * max(len(sockets), len(outputs)) + 26 * shown + 60 * _texts(node, info[node.kind])
-            height = max(height, node.size[1])
+            height = max(height + _PANELS.get(node.kind, (0, 0))[1], node.size[1])
             top = heights.get(node.column, 0)
             heights[node.column] = top + height + _GAP
             placed[node.id] = {

@@ -210,7 +210,7 @@ def _since(run: Run, cursor: str) -> dict[str, Any]:
     columns: dict[str, list] = {
         "step": [entry["step"] for entry in entries],
         "loss": [_short(entry["loss"]) for entry in entries],
-        "average": [_short(entry["loss_average"]) for entry in entries],
+        "average": [_short(entry.get("loss_average")) for entry in entries],
         "rate": [_short(entry.get("effective_rate", entry["learning_rate"])) for entry in entries],
         "validation": [_short(entry.get("validation_loss")) for entry in entries],
         "samples": [
