@@ -24,6 +24,7 @@ import functools
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -133,9 +134,11 @@ def _answering(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Handler:
     """A handler that takes a JSON object and answers one."""
 
     async def handler(request: web.Request) -> web.Response:
-        body = await request.content.read(_LONGEST_BODY + 1)
-        if len(body) > _LONGEST_BODY:
+        try:
+            body = await request.content.readexactly(_LONGEST_BODY + 1)  # `read` gives what has arrived so far
             raise web.HTTPRequestEntityTooLarge(_LONGEST_BODY, len(body))
+        except asyncio.IncompleteReadError as whole:
+            body = whole.partial
         try:
             wanted = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -163,20 +166,17 @@ def _described(run: Run) -> dict[str, Any]:
         status = {"state": "starting", "step": status["step"]}
     found = {"id": run.folder.name, "status": status, "asked": run.asked(), "origin": run.origin(), "queued": queued}
     try:
-        name, steps, settings = _job_of(run, queued)
+        name, steps, settings = _job_facts(run.folder, queued)
     except ValueError as error:  # of another version of this pack
         return {**found, "error": str(error)}
     return {**found, "name": name, "steps": steps, "settings": settings}
 
 
 @functools.lru_cache(512)
-def _job_facts(path: str, _written: float) -> tuple[str, int, dict[str, Any]]:
-    job = Run(paths.runs_folder() / path).job()
+def _job_facts(folder: Path, _written: float) -> tuple[str, int, dict[str, Any]]:
+    """Name, steps and settings of the job that was written then."""
+    job = Run(folder).job()
     return job.name, job.steps, _settings(job)
-
-
-def _job_of(run: Run, written: float) -> tuple[str, int, dict[str, Any]]:
-    return _job_facts(run.folder.name, written)
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -172,8 +172,12 @@ def _whole(value: Any, least: int, most: int) -> int:
 
 
 def _number(value: Any) -> float:
-    require(isinstance(value, int | float) and math.isfinite(value), f"{value!r} is no number.")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    require(math.isfinite(number), f"{str(value)[:40]} is no number.")
+    return number
 
 
 @dataclass

@@ -260,7 +260,14 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
 
 def read_job(path: Path) -> Job:
     """Read a job file. Raises ValueError that names what is wrong in it."""
-    values = dict(read_json(path))
+    try:
+        return _job(read_json(path))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version of this pack ({error!r}).") from error
+
+
+def _job(values: dict[str, Any]) -> Job:
+    values = dict(values)
     if values.get("previews") is not None:
         prompts = [_build(Preview, prompt) for prompt in values["previews"].get("prompts", ())]
         values["previews"] = {**values["previews"], "prompts": prompts}

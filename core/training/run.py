@@ -18,7 +18,8 @@
     tensorboard/         TensorBoard's files
 
 They are written atomically or line by line, so a reader never takes half of one for a whole, and nothing depends on either
-side being alive.
+side being alive. What is damaged all the same, or of another version, counts as not being there: a training that is queued again
+writes it anew, and the other runs are not hidden by it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from .job import Job, read_job
 RUNNING, PAUSED, STOPPED, FINISHED, FAILED = "running", "paused", "stopped", "finished", "failed"
 STOP, SAVE, PAUSE = REQUESTS = "stop", "save", "pause"
 PREVIEW_SUFFIXES = (".mp4", ".png")
+_PREVIEW = re.compile(r"step-(\d+)_(\d+)")
+_OF_EACH_STEP = {"step", "epoch", "loss", "loss_average", "learning_rate", "gradient_norm", "seconds", "seconds_left", "memory",
+                 "timesteps", "losses"}  # fmt: skip
 
 
 class Run:
@@ -86,9 +90,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """The last status written, with `state` corrected when the process behind a running one is gone."""
-        if not self.path("status.json").exists():
-            return {"state": STOPPED, "step": 0}
-        status = read_json(self.path("status.json"))
+        status = self._read("status.json", state=str, step=int) or {"state": STOPPED, "step": 0}
         if status["state"] in (RUNNING, PAUSED) and not self.is_alive():
             status["state"] = STOPPED
         return status
@@ -112,8 +114,7 @@ class Run:
 
     def origin(self) -> dict[str, str]:
         """`workflow` and `node` that queued the run last; nothing where that is not known."""
-        path = self.path("origin.json")
-        return read_json(path) if path.exists() else {}
+        return self._read("origin.json", workflow=str, node=str) or {}
 
     def keep_origin(self, workflow: str, node: str) -> None:
         write_json(self.path("origin.json"), {"workflow": workflow, "node": node})
@@ -131,9 +132,9 @@ class Run:
 
     def is_alive(self) -> bool:
         """Whether the process that claimed the run still exists (a process id alone may have been given out again)."""
-        if not self.path("worker.json").exists():
+        worker = self._worker()
+        if worker is None:
             return False
-        worker = read_json(self.path("worker.json"))
         try:
             process = psutil.Process(worker["pid"])
             return abs(process.create_time() - worker["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -179,8 +180,20 @@ class Run:
 
     def attempt(self) -> float:
         """Which process wrote the last steps: changes whenever another one goes on, which may do some steps again."""
-        path = self.path("worker.json")
-        return read_json(path)["started"] if path.exists() else 0.0
+        worker = self._worker()
+        return worker["started"] if worker else 0.0
+
+    def _worker(self) -> dict[str, Any] | None:
+        return self._read("worker.json", pid=int, started=float)
+
+    def _read(self, name: str, **entries: type) -> dict[str, Any] | None:
+        """A JSON file that has these entries; None where there is none, or it is damaged."""
+        try:
+            found = read_json(self.path(name))
+        except (FileNotFoundError, ValueError):
+            return None
+        whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in entries.items())
+        return found if whole else None
 
     def cut_metrics(self, step: int) -> None:
         """Forget steps after `step`, which will be done again."""
@@ -200,7 +213,7 @@ class Run:
     def previews(self) -> list[Path]:
         """Videos and pictures, the newest last."""
         found = self.path("previews").glob("step-*")
-        return sorted(path for path in found if path.suffix in PREVIEW_SUFFIXES)
+        return sorted(path for path in found if path.suffix in PREVIEW_SUFFIXES and _PREVIEW.fullmatch(path.stem))
 
     def states(self) -> Sequence[Path]:
         """State files, the newest first."""
@@ -237,8 +250,11 @@ class MetricsReader:
             lines = file.read().split(b"\n")[:-1]
         for line in lines:
             try:
-                self.latest.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:  # a power loss; the steps from here on are done again
                 break
+            if not (isinstance(entry, dict) and entry.keys() >= _OF_EACH_STEP):
+                break
+            self.latest.append(entry)
             self.position += len(line) + 1
         return self.latest

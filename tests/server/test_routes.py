@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import time
 from urllib.parse import urlsplit
@@ -79,6 +80,15 @@ def test_what_is_too_long_is_refused(server, run):
     assert status == 400 and "at most 16" in text
 
 
+def test_a_question_that_arrives_in_pieces_is_read_whole(server):
+    def pieces():
+        yield json.dumps({**MODEL, "steps": 5})[:20].encode()
+        time.sleep(0.3)
+        yield json.dumps({**MODEL, "steps": 5})[20:].encode()
+
+    assert ask(server, "POST", "/videolora/schedule", pieces())[0] == 200
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": "../../secret.safetensors"}', b'{"model": 3}', b"{}"])
 @pytest.mark.parametrize("path", ["schedule", "map"])
 def test_a_question_that_cannot_be_answered_is_refused(server, path, body):
@@ -88,7 +98,8 @@ def test_a_question_that_cannot_be_answered_is_refused(server, path, body):
 @pytest.mark.parametrize(
     "wrong",
     ['"steps": 5, "size": [1, 2]', '"steps": 5, "size": 7', '"steps": 5, "boundary": NaN', '"steps": 5, "shift": Infinity',
-     '"steps": 5, "cfg_ratio": NaN', '"steps": 5, "cfg_skip": "never"', '"steps": 5, "variant": "none"', '"steps": 5, "expert": "third"',
+     f'"steps": 5, "shift": 1{"0" * 400}', '"steps": 5, "cfg_ratio": NaN', '"steps": 5, "cfg_skip": "never"',
+     '"steps": 5, "variant": "none"', '"steps": 5, "expert": "third"',
      '"loras": "all"', '"loras": [3]', "[" * 60000],
 )  # fmt: skip
 def test_odd_values_are_a_clear_refusal(server, wrong):
@@ -110,6 +121,27 @@ def test_steps_are_read_on_from_where_the_last_answer_ended(server, run):
     assert not again["anew"] and again["columns"]["step"] == [] and again["cursor"] == first["cursor"]
     for cursor in ("nonsense", "0.0:50", "1:-3"):  # of a process that is no more, or of none
         assert server.get(f"/videolora/runs/{run}/steps?after={cursor}")["columns"]["step"] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("status.json", '{"state": "run'), ("status.json", "[]"), ("worker.json", '{"pid": "x"}'), ("origin.json", "{"), ("job.json", ""),
+     ("job.json", "3"), ("job.json", '{"name": "a", "previews": [1]}'), ("metrics.jsonl", '{"step": 1}\n'),
+     ("previews/step-new_1.png", "")],
+)  # fmt: skip
+def test_a_damaged_run_or_one_of_another_version_does_not_hide_the_others(server, run, name, content):
+    runs = server.base / "output" / "videolora" / "runs"
+    damaged = runs / "damaged"
+    (damaged / "previews").mkdir(parents=True)
+    try:
+        (damaged / "job.json").write_bytes((runs / run / "job.json").read_bytes())
+        (damaged / name).write_text(content)
+        listed = {one["id"]: one for one in server.get("/videolora/runs")["runs"]}
+        assert "error" not in listed[run] and ("error" in listed["damaged"]) == (name == "job.json")
+        told = server.get("/videolora/runs/damaged/steps")
+        assert told["status"] == {"state": "stopped", "step": 0} and told["columns"]["step"] == told["previews"] == []
+    finally:
+        shutil.rmtree(damaged)
 
 
 def test_the_list_says_what_each_run_was_set_to_and_where_it_came_from(server, trained, run):

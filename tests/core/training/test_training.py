@@ -402,11 +402,17 @@ def test_a_process_id_that_was_given_out_again_is_not_taken_for_the_worker(tmp_p
     assert run.RUNNING == "running"
 
 
+def line(step):
+    """A line of metrics.jsonl."""
+    return dict.fromkeys(("epoch", "loss", "loss_average", "learning_rate", "gradient_norm", "seconds", "seconds_left", "memory",
+                          "timesteps", "losses")) | {"step": step}  # fmt: skip
+
+
 def test_metrics_are_read_on_from_the_last_look_and_again_after_steps_were_cut_off(tmp_path):
     this = Run(tmp_path)
     reader = run.MetricsReader(this, keep=3)
     for step in range(1, 6):
-        this.append_metrics({"step": step})
+        this.append_metrics(line(step))
     assert [entry["step"] for entry in reader.read()] == [3, 4, 5]
     with open(this.path("metrics.jsonl"), "a") as file:
         file.write('{"step": 6')
@@ -417,11 +423,24 @@ def test_metrics_are_read_on_from_the_last_look_and_again_after_steps_were_cut_o
 
 def test_a_line_torn_by_a_power_loss_does_not_stop_a_run(tmp_path):
     this = Run(tmp_path)
-    this.append_metrics({"step": 1})
+    this.append_metrics(line(1))
     with open(this.path("metrics.jsonl"), "a") as file:
-        file.write('\0\0\0\n{"step": 2}\n')
+        file.write("\0\0\0\n")
+    this.append_metrics(line(2))
     this.cut_metrics(5)
     assert [entry["step"] for entry in this.metrics()] == [1]
+
+
+@pytest.mark.parametrize("wrong", ["", '{"state": "run', "[]", "3", '{"step": 1}'])
+def test_a_damaged_file_of_a_run_counts_as_not_being_there(tmp_path, wrong):
+    this = Run(tmp_path)
+    for name in ("status.json", "worker.json", "origin.json", "metrics.jsonl"):
+        this.path(name).write_text(wrong + "\n")
+    assert this.status() == {"state": "stopped", "step": 0} and this.origin() == {}
+    assert not this.is_alive() and this.attempt() == 0 and this.metrics() == []
+    this.path("job.json").write_text(wrong)
+    with pytest.raises(ValueError, match="job"):
+        this.job()
 
 
 def test_where_files_lie_and_when_to_save_do_not_make_another_run(made, tmp_path):
