@@ -70,7 +70,8 @@ function sample({ strip, frames, width, height, name, caption, window }) {
   picture.addEventListener("pointerleave", () => at(0));
   at(0);
   return element("figure", { title: `${name} ${place}\n${caption}`, style: { width: `${Math.max(width, 150)}px` } }, picture,
-    element("figcaption", {}, element("div", {}, name, element("span", { class: "vl-faint" }, place ? ` ${place}` : "")), element("div", { class: "vl-faint vl-caption-text" }, caption)));
+    element("figcaption", {}, element("div", { class: "vl-brief" }, name), place ? element("div", { class: "vl-faint" }, place) : null,
+      element("div", { class: "vl-faint vl-brief" }, caption)));
 }
 
 /** A clip as a bar as long as itself, with its windows; those that overlap lie under each other. */

@@ -162,12 +162,12 @@ class LoraidMap {
     const parties = answer.loras.length + (own && !own.error ? 1 : 0);
     const peace = parties > 1 && !clashes.length && answer.loras.every(({ error }) => !error);
     this.list.replaceChildren(
-      ...clashes,
-      ...answer.loras.map((lora, index) => element("div", { title: lora.error ?? lora.text },
-        element("i", { style: { background: `var(${colourOf(index)})` } }), lora.name,
+      ...answer.loras.map((lora, index) => element("div", { class: lora.error ? "" : "vl-line", title: `${lora.name}: ${lora.error ?? lora.text}` },
+        element("i", { style: { background: `var(${colourOf(index)})` } }), element("span", { class: "vl-name" }, lora.name),
         element("span", { class: lora.error ? "vl-wrong" : "vl-faint" }, lora.error ? ` ${lora.error}` : ` ${lora.loraid ? `LORAID ${lora.loraid}, ` : ""}${share(lora.parameters)}`),
         this.linked.includes(this.loras()[index]?.file) ? null
           : element("button", { class: "vl-tab", title: "Take it off the map", "aria-label": `Take ${lora.name} off`, onclick: () => this.remove(index) }, "×"))),
+      ...clashes,
       ...(peace ? [element("div", { class: "vl-right" }, "no parameter is owned twice")] : []));
     this.root.dataset.clashes = clashes.length;
     this.root.dataset.loras = answer.loras.length;

@@ -96,7 +96,7 @@ class TrainingPanel {
       const { runs } = await get("/videolora/runs");
       this.runs = runs.filter((run) => this.belongs(run));
     } catch (error) {
-      return this.say(error.message);
+      return this.lose(error);
     }
     const chosen = this.runs.find((run) => run.id === (id ?? this.run?.id)) ?? this.runs[0];
     await this.choose(chosen?.id ?? null);
@@ -120,29 +120,42 @@ class TrainingPanel {
       this.named = named;
       this.run = null;
       this.find();
-    } else if (this.lost ? Date.now() - this.lost > PATIENT : this.run?.isAtWork) this.read();
+    } else if (this.lost) {
+      if (Date.now() - this.lost < PATIENT) return;
+      this.lost = Date.now();
+      this.find(); // what cannot be read may have been deleted
+    } else if (this.run?.isAtWork) this.read();
   }
 
   async read() {
-    if (!this.run) return this.draw();
+    if (!this.run) {
+      this.lost = null;
+      return this.draw();
+    }
     this.busy = true;
     const [run, before] = [this.run, this.run.answer?.status.state];
     try {
       await run.read();
       this.lost = null;
-    } catch {
-      this.lost = Date.now();
-      this.root.dataset.state = "lost";
-      this.state.textContent = "No answer from the server";
-      this.doing.textContent = run.isAtWork ? "The training goes on without it." : "";
-      for (const button of Object.values(this.buttons)) button.hidden = true;
-      return;
+    } catch (error) {
+      return this.lose(error);
     } finally {
       this.busy = false;
     }
     if (run !== this.run || this.closed) return;
     this.draw();
     if (before && before !== run.answer.status.state) this.find(run.id);
+  }
+
+  /** Nothing can be read: nobody answers, which passes, or what the server says. */
+  lose(error) {
+    this.lost = Date.now();
+    const silent = error instanceof TypeError; // as fetch fails
+    this.root.dataset.state = "lost";
+    this.state.textContent = silent ? "No answer from the server" : "This run cannot be read";
+    this.doing.textContent = silent && this.run?.isAtWork ? "The training goes on without it." : "";
+    if (!silent) this.say(error.message);
+    for (const button of Object.values(this.buttons)) button.hidden = true;
   }
 
   async command(name) {
