@@ -12,7 +12,7 @@ const OWN = "--vl-first";
 const COLOURS = ["--vl-second", "--vl-third", "--vl-fourth", "--vl-fifth", "--vl-sixth", "--vl-seventh"];
 const KEPT = "videolora_loras"; // among the node's properties: the files that were chosen for the map
 const SHARPNESS = 2;
-const TIP = 210; // pixels that what is told of a matrix takes
+const TIP = 260; // pixels that what is told of a matrix takes
 const LABEL = 11; // pixels of a row's name
 
 export function addMapPanel(node) {
@@ -240,7 +240,7 @@ class LoraidMap {
     const owners = [[answer.own, OWN, answer.own && `LORAID ${answer.own.number}`], ...answer.loras.map((lora, at) => [lora, colourOf(at), lora.name])];
     for (const [owner, colour, name] of owners) {
       const own = owner?.rows?.find(([at]) => at === index);
-      if (own) lines.push(element("div", {}, element("i", { style: { background: `var(${colour})` } }), `${name}: ${own[1] || own[2] < rows ? `rows ${own[1]} to ${own[2] - 1}` : "all of it"}`));
+      if (own) lines.push(element("div", {}, element("i", { style: { background: `var(${colour})` } }), `${own[1] || own[2] < rows ? `rows ${own[1]} to ${own[2] - 1}` : "all of it"}: ${name}`));
     }
     const owner = answer.own?.owners?.[index];
     if (owner && owner !== answer.own.number) lines.push(element("div", { class: "vl-faint" }, `LORAID ${owner}'s: click to choose it`));
