@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
-# What the panels in web/ need of their nodes: width, and height besides sockets and inputs.
+# What panels need of their nodes: width, and height besides sockets and inputs.
 _PANELS = {
     "VideoLoRATrain": (520, 640),
     "VideoLoRASelectLORAID": (460, 360),
@@ -16,6 +16,8 @@ _PANELS = {
     "VideoLoRAFlowSchedule": (_WIDTH, 190),
     "VideoLoRACFGSkip": (_WIDTH, 110),
     "VideoLoRADatasetPreview": (620, 440),
+    "VideoLoRANetworkSettings": (_WIDTH, 170),  # the editor reserves room for its advanced texts
+    "VideoLoRALoadFrames": (_WIDTH, 250),  # ComfyUI shows the chosen video
 }
 
 
