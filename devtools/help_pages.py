@@ -45,7 +45,7 @@ def _page(node: dict, when: str, example: str, workflows: list[str]) -> str:
         for group in ("required", "optional")
         for name, spec in node["input"].get(group, {}).items()
     ]
-    outputs = [(_cell(name), f"`{kind}`") for name, kind in zip(node["output_name"], node["output"], strict=True)]
+    outputs = [(_cell(name), _type(kind)) for name, kind in zip(node["output_name"], node["output"], strict=True)]
     example = example[:1].upper() + example[1:]
     if workflows:
         example += f"\n\nIn the template browser: {', '.join(f'`{name}`' for name in workflows)}."
@@ -73,11 +73,18 @@ def _values(name: str, kind: Any, options: dict[str, Any] | None = None) -> str:
         return "a file or folder" if name in _FILES else ", ".join(_value(one, default) for one in choices)
     if kind == "BOOLEAN":
         return "**on**, off" if default else "on, **off**"
-    if kind in ("INT", "FLOAT"):
+    if kind == "INT":
+        return f"**{default}**, {options['min']:,} to {options['max']:,}"
+    if kind == "FLOAT":
         return f"**{default:g}**, {options['min']:g} to {options['max']:g}"
     if kind == "STRING":
         return f"**{_cell(default)}**" if default else "text"
-    return f"link: `{kind}`"
+    return f"link: {_type(kind)}"
+
+
+def _type(kind: str) -> str:
+    """VIDEOLORA_LATENT_CACHE -> latent cache: the column is narrow beside the editor's graph."""
+    return kind.removeprefix("VIDEOLORA_").replace(",", " or ").replace("_", " ").lower()
 
 
 def _value(one: Any, default: Any) -> str:
