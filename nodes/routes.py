@@ -168,7 +168,7 @@ def _described(run: Run) -> dict[str, Any]:
     try:
         name, steps, settings = _job_facts(run.folder, queued)
     except ValueError as error:  # of another version of this pack
-        return {**found, "error": str(error)}
+        return {**found, "error": f"this run is damaged, or of another version of this pack: {error}"}
     return {**found, "name": name, "steps": steps, "settings": settings}
 
 

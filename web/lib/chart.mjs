@@ -22,7 +22,7 @@ export function smoothed(values, weight) {
 }
 
 /** About `count` round numbers from `low` to `high`. */
-export function ticks(low, high, count) {
+function ticks(low, high, count) {
   const span = high - low;
   if (!(span > 0)) return [low];
   const power = 10 ** Math.floor(Math.log10(span / count));
@@ -61,7 +61,7 @@ export class Chart {
   }
 
   /**
-   * `lines`: {xs, ys, colour (a CSS value), width, faint, dots, stepped}; `domain` and `span` are [low, high] of x and y;
+   * `lines`: {xs, ys, colour (a CSS value), width, faint, dots}; `domain` and `span` are [low, high] of x and y;
    * `marks`: {y, text} are dashed lines across; `logarithmic` of y.
    */
   show({ lines, domain, span, marks = [], logarithmic = false, format = number }) {

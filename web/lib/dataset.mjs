@@ -1,11 +1,10 @@
 // What training will see, in the preview node: buckets with windows of clips, where these lie in the clips, what is left out.
-import { app } from "../../../scripts/app.js";
 import { addPanel, element, number } from "./dom.mjs";
+import { nodeAt } from "./graph.mjs";
 import { fileUrl } from "./server.mjs";
 
 const HEIGHT = 420;
 const WIDTH = 620;
-const TYPE = "VideoLoRADatasetPreview";
 const COLOURS = ["--vl-first", "--vl-third", "--vl-second", "--vl-fourth", "--vl-fifth", "--vl-sixth"]; // of windows by length
 const LANE = 8; // pixels
 const MOST_LANES = 6;
@@ -24,7 +23,10 @@ export function addDatasetPanel(node) {
 
 /** Show outputs that ComfyUI has kept. */
 export function showDataset(outputs) {
-  for (const node of app.rootGraph?.nodes ?? []) if (node.comfyClass === TYPE && panels.has(node)) show(panels.get(node), outputs[node.id]);
+  for (const [name, output] of Object.entries(outputs)) {
+    const panel = panels.get(nodeAt(name));
+    if (panel) show(panel, output);
+  }
 }
 
 function show(root, output) {

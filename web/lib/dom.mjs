@@ -1,18 +1,8 @@
 // Making elements, and putting a panel into a node.
 
-const SVG = "http://www.w3.org/2000/svg";
-
 /** An element: properties and listeners by name, `class` and other attributes too; children are elements or texts. */
 export function element(name, properties = {}, ...children) {
-  return filled(document.createElement(name), properties, children);
-}
-
-/** The same for SVG. */
-export function shape(name, properties = {}, ...children) {
-  return filled(document.createElementNS(SVG, name), properties, children);
-}
-
-function filled(made, properties, children) {
+  const made = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
     if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
     else if (key === "style" && typeof value === "object") Object.assign(made.style, value);

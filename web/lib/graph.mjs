@@ -77,6 +77,13 @@ export function nodeById(id) {
   return found;
 }
 
+/** The node that ComfyUI keeps outputs of under this name: its id, after that of the subgraph that it is in; or null. */
+export function nodeAt(name) {
+  const [id, subgraph] = name.split(":").reverse();
+  const graph = subgraph ? app.rootGraph?.subgraphs?.get(subgraph) : app.rootGraph;
+  return graph?.getNodeById(id) ?? graph?.getNodeById(Number(id)) ?? null;
+}
+
 /** The open workflow's id, which is saved with it. */
 export function workflowId() {
   return String(app.rootGraph?.id ?? "");

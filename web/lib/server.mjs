@@ -2,10 +2,16 @@
 import { api } from "../../../scripts/api.js";
 
 const SECONDS = 0.3; // between two looks at the graph
+export const PATIENCE = 4000; // milliseconds before a server that has not answered is asked again
 
 async function answered(response) {
   if (!response.ok) throw new Error((await response.text()) || `the server answered ${response.status}`);
   return response.json();
+}
+
+/** Whether nobody answered, which passes, for that is how fetch fails; else the error says what the server said. */
+export function isSilence(error) {
+  return error instanceof TypeError;
 }
 
 /** The answer of a GET. Throws an Error with what the server said. */
@@ -35,7 +41,7 @@ export function on(event, handler) {
 /**
  * Ask the server whenever the question changes. `question` gives what is to be posted to `path`, or a text that says why nothing
  * can be asked; `show` gets (answer, what is wrong). Looking again and again sees what no event tells of: values of nodes further up,
- * links, undo. Returns a function that ends it, with `again` to ask the same anew.
+ * links, undo. Returns a function that ends it.
  */
 export function watch(path, question, show) {
   let last = null;
@@ -50,11 +56,11 @@ export function watch(path, question, show) {
       const answer = await post(path, asked);
       if (text === last) show(answer, null);
     } catch (error) {
-      if (text === last) show(null, error.message);
+      if (text !== last) return;
+      show(null, isSilence(error) ? "No answer from the server" : error.message);
+      if (isSilence(error)) setTimeout(() => text === last && (last = null), PATIENCE);
     }
   };
   const timer = setInterval(look, SECONDS * 1000);
-  const end = () => clearInterval(timer);
-  end.again = () => (last = null);
-  return end;
+  return () => clearInterval(timer);
 }

@@ -3,12 +3,11 @@ import { Chart, nearest, range, smoothed } from "./chart.mjs";
 import { addPanel, duration, element, number, whenRemoved } from "./dom.mjs";
 import { isNode, value, workflowId } from "./graph.mjs";
 import { hideReports } from "./report.mjs";
-import { fileUrl, get, on, post } from "./server.mjs";
+import { fileUrl, get, isSilence, on, PATIENCE, post } from "./server.mjs";
 
 const HEIGHT = 470; // pixels, at least
 const WIDTH = 520;
 const LIVELY = 1000; // milliseconds between two looks at a run that is at work
-const PATIENT = 4000; // and after the server has not answered
 const COLOURS = ["--vl-second", "--vl-third", "--vl-fourth", "--vl-fifth"]; // of runs to compare with
 const BANDS = 10; // tenths of the timesteps, as the server sorts samples
 const RECENT = 200; // samples that the bars are of
@@ -121,7 +120,7 @@ class TrainingPanel {
       this.run = null;
       this.find();
     } else if (this.lost) {
-      if (Date.now() - this.lost < PATIENT) return;
+      if (Date.now() - this.lost < PATIENCE) return;
       this.lost = Date.now();
       this.find(); // what cannot be read may have been deleted
     } else if (this.run?.isAtWork) this.read();
@@ -147,10 +146,10 @@ class TrainingPanel {
     if (before && before !== run.answer.status.state) this.find(run.id);
   }
 
-  /** Nothing can be read: nobody answers, which passes, or what the server says. */
+  /** Nothing can be read: nobody answers, or the server says why. */
   lose(error) {
     this.lost = Date.now();
-    const silent = error instanceof TypeError; // as fetch fails
+    const silent = isSilence(error);
     this.root.dataset.state = "lost";
     this.state.textContent = silent ? "No answer from the server" : "This run cannot be read";
     this.doing.textContent = silent && this.run?.isAtWork ? "The training goes on without it." : "";
