@@ -198,6 +198,14 @@ def test_a_relative_is_refused_or_left_to_others():
     assert HV.recognise(reference.manifest("wan21_t2v_14B")) is None
 
 
+@pytest.mark.parametrize("name", ["time_in.mlp.0.weight", "final_layer.linear.weight"])
+def test_a_file_whose_tensors_have_no_dimensions_is_refused_by_name(name, tmp_path):
+    weights = {**reference.vector("hunyuan_video_t2v")[1], name: torch.ones(())}
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match=r"dit\.safetensors is damaged: it looks like HunyuanVideo"):
+        open_part(tmp_path / "dit.safetensors", "dit")
+
+
 def test_recommended_settings_of_skyreels_come_with_its_checkpoint(tmp_path):
     _, weights = reference.vector("skyreels_v1_i2v")
     save_file(weights, tmp_path / "dit.safetensors")
