@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -115,6 +116,14 @@ class LatentSpec:
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} do not fit: expected (B, {self.channels}, F, H, W). "
                 "They were made by the VAE of another model."
+            )
+
+    def check_image(self, image: Sequence[int], latents: VideoSize) -> None:
+        """Raise ValueError unless the latents (C, F, H, W) of a start image are as large as those of the video."""
+        made, wanted = (self.pixels(VideoSize(*size)) for size in (image[1:], latents))
+        if made != wanted:
+            raise ValueError(
+                f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
             )
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -265,6 +265,17 @@ def test_tokens_that_comfyuis_mask_leaves_out_are_no_tokens():
         HV.from_comfyui(cross_attn, {"pooled_output": torch.zeros(1, 768), "reference_latents": []})
 
 
+@pytest.mark.parametrize("family", ["hunyuan_video", "hunyuan_video_1_5"])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(torch.ones(1, 6), "9 tokens and an attention mask"), (torch.ones(9), "9 tokens and"), (torch.zeros(1, 9), "no tokens")],
+)  # fmt: skip
+def test_a_mask_that_is_not_the_prompts_is_refused(family, mask, message):
+    options = {"pooled_output": torch.zeros(1, 768), "attention_mask": mask}
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[family].from_comfyui(torch.randn(1, 9, 32), options)
+
+
 def test_the_start_image_is_the_first_latent_frame_and_zeros_follow(tmp_path):
     _, model = loaded(tmp_path, "hunyuan_video_vae", "vae")
     pictures = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
