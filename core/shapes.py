@@ -78,6 +78,8 @@ class LatentSpec:
 
     def largest_within(self, pixels: VideoSize) -> VideoSize:
         """The largest size that the model can take and that is not above `pixels`. ValueError where there is none."""
+        if not pixels.frames:
+            raise ValueError("the video has no frames: give it at least one.")
         height, width = (side // self.multiple * self.multiple for side in pixels[1:])
         size = VideoSize(self.frames_at_most(pixels.frames), height, width)
         self.check(size)
