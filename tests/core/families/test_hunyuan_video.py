@@ -196,6 +196,9 @@ def test_a_relative_is_refused_or_left_to_others():
         HV.recognise(shapes)
     assert HV.recognise(reference.manifest("hunyuanvideo15_dit_t2v_i2v_official")) is None
     assert HV.recognise(reference.manifest("wan21_t2v_14B")) is None
+    framepack = reference.manifest("skyreels_v1_t2v_official_diffusers") | {"image_projection.up.weight": (9216, 1152)}
+    with pytest.raises(ValueError, match=r"1 tensors that HunyuanVideo and SkyReels V1 lack \(image_projection"):
+        HV.recognise(framepack)
 
 
 @pytest.mark.parametrize("name", ["time_in.mlp.0.weight", "final_layer.linear.weight"])
@@ -353,3 +356,9 @@ def stored_in_fp8(checkpoint, part):
 def test_a_tokenizer_that_is_nowhere_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"put vocab\.json and merges\.txt"):
         text.CLIPTokenizer((tmp_path,))
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b'{"<|start_header_id|>": "\xff')
+    with pytest.raises(ValueError, match=r"the tokenizer of LLaVA-Llama-3 in .* cannot be read"):
+        text.LlamaTokenizer((tmp_path,))
