@@ -28,3 +28,5 @@ if __package__ and (_version := _comfyui_version()) is not None and _version < M
         ".".join(map(str, MIN_COMFYUI)), ".".join(map(str, _version)),
     )  # fmt: skip
     NODE_CLASS_MAPPINGS: dict = {}  # ComfyUI then does not look for the entry point
+else:
+    WEB_DIRECTORY = "./web"

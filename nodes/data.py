@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import folder_paths
 import numpy as np
 import torch
-from comfy_api.latest import InputImpl, Types, io, ui
+from comfy_api.latest import InputImpl, Types, io
+from PIL import Image
 
 from ..core.data import preview
 from ..core.data.config import CACHE_FOLDER, EXTRACTIONS, DatasetConfig, read_toml
 from ..core.data.discovery import IMAGES, VIDEOS, frame_folders, media_files
-from ..core.data.planning import Dataset, plan_latents
+from ..core.data.planning import Dataset, LatentPlan, plan_latents
 from ..core.data.statistics import statistics
 from ..core.families import check_size
 from ..core.io.files import digest
@@ -257,9 +258,39 @@ class DatasetPreview(io.ComfyNode):
         report = statistics(plans, family, tokenizer)
         log.info("%s", report)
         say(report, cls.hidden.unique_id)
-        sheet = _images(preview.contact_sheet(plans, seen)[None])
+        picture = preview.contact_sheet(plans, seen)
+        sheet = _images(picture[None])
         video = Types.VideoComponents(images=_images(preview.mosaic(seen)), frame_rate=Fraction(family.fps))
-        return io.NodeOutput(sheet, InputImpl.VideoFromComponents(video), report, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(
+            sheet, InputImpl.VideoFromComponents(video), report, ui={"videolora_data": [_sight(plans, seen, picture)]}
+        )
+
+
+def _sight(plans: Sequence[LatentPlan], seen: Sequence[preview.Sight], sheet: np.ndarray) -> dict[str, Any]:
+    """What the editor shows: `sets` with their buckets, each with strips of frames of its `windows`; the whole contact `sheet`."""
+    folder = paths.temporary_folder()
+    sets = [preview.outline(plan) for plan in plans]
+    for plan, shown in zip(plans, sets, strict=True):
+        for bucket in shown["buckets"]:
+            bucket["windows"] = []
+        by_size = {bucket["size"]: bucket["windows"] for bucket in shown["buckets"]}
+        for sight in seen:
+            if sight.planned in plan.windows:
+                by_size[str(sight.planned.size)].append(_window(sight, folder))
+    path = folder / "contact_sheet.png"
+    Image.fromarray(sheet).save(path, compress_level=1)
+    return {"sets": sets, "sheet": paths.shown(path)}
+
+
+def _window(sight: preview.Sight, folder: Path) -> dict[str, Any]:
+    pixels, count = preview.strip(sight)
+    path = folder / f"{len(list(folder.iterdir())):04d}.jpg"
+    Image.fromarray(pixels).save(path, quality=90)
+    planned = sight.planned
+    return {
+        "strip": paths.shown(path), "frames": count, "width": pixels.shape[1] // count, "height": pixels.shape[0],
+        "name": planned.item.source.name, "caption": planned.item.caption, "window": planned.window and list(planned.window),
+    }  # fmt: skip
 
 
 def _images(frames: np.ndarray) -> torch.Tensor:

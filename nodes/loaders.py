@@ -79,7 +79,7 @@ class LoadWanExperts(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, high: str | None, low: str | None) -> bool | str:
         for name, expert in ((high, "high"), (low, "low")):
-            said = _checked(_open_expert, "diffusion_models", name, expert)
+            said = _checked(open_expert, "diffusion_models", name, expert)
             if said is not True:
                 return said
         return True
@@ -91,13 +91,13 @@ class LoadWanExperts(io.ComfyNode):
     @classmethod
     def execute(cls, high: str, low: str, boundary: float = 0.0, high_loras=(), low_loras=()) -> io.NodeOutput:
         opened = (
-            _open_expert(paths.model_path("diffusion_models", name), expert).with_loras(loras, False)
+            open_expert(paths.model_path("diffusion_models", name), expert).with_loras(loras, False)
             for name, expert, loras in ((high, "high", high_loras), (low, "low", low_loras))
         )
         return io.NodeOutput(next(opened).with_low(next(opened), boundary))
 
 
-def _open_expert(path: Path, expert: str) -> handles.DiTFile:
+def open_expert(path: Path, expert: str) -> handles.DiTFile:
     """The file as this expert of a pair; the files of both have the same tensors. ValueError when it is none."""
     _, part = open_part(path, "dit")
     variants = FAMILIES[part.family].variants

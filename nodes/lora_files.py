@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core.io.files import written_once
 from ..core.lora import blend, ema, inspection, workbench
@@ -241,7 +241,7 @@ class InspectLoRA(io.ComfyNode):
                 handles.Stack.Input("loras", tooltip="One LoRA or several, from Load Video LoRA."),
             ],
             outputs=[io.Image.Output("picture", display_name="map"), io.String.Output("report", display_name="report")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -251,4 +251,4 @@ class InspectLoRA(io.ComfyNode):
         text = inspection.report(found)
         say(text, cls.hidden.unique_id)
         picture = torch.from_numpy(np.asarray(inspection.picture(found)).copy()).float().div(255)[None]
-        return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(picture, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -104,10 +105,19 @@ def prompts_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "videolora" / "prompts"
 
 
+def temporary_folder() -> Path:
+    """A new folder among ComfyUI's temporary files, which go when it starts again."""
+    root = Path(folder_paths.get_temp_directory()) / "videolora"
+    root.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=root))
+
+
 def shown(path: Path) -> dict[str, str]:
-    """A file below ComfyUI's output, as the editor asks the server for it."""
-    folder = path.parent.relative_to(folder_paths.get_output_directory())
-    return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output"}
+    """A file below ComfyUI's output or among its temporary files, as the editor asks the server for it."""
+    temporary = Path(folder_paths.get_temp_directory())
+    kind = "temp" if path.is_relative_to(temporary) else "output"
+    root = temporary if kind == "temp" else Path(folder_paths.get_output_directory())
+    return {"filename": path.name, "subfolder": path.parent.relative_to(root).as_posix(), "type": kind}
 
 
 def model_state(folder: str, name: str, belonging: Callable[[Path], Iterable[Path]] = shards) -> list[list]:

@@ -14,7 +14,7 @@ from comfy import latent_formats
 from comfy_api.latest import io
 from PIL import Image
 
-from ..core.family import GUIDANCE, Family, States
+from ..core.family import GUIDANCE, Family, States, Variant
 from ..core.lora.inventory import blocks_of
 from ..core.modules.attention import BACKENDS
 from ..core.sampling.guidance import CFG_SKIP_MODES, SKIP_LAYER_MODES, SkipLayers
@@ -133,11 +133,15 @@ class FlowSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, dit: handles.DiTFile, steps: int, shift: float, solver: str, latent=None) -> io.NodeOutput:
         size = dit.family.latent.pixels(VideoSize(*latent["samples"].shape[2:])) if latent else dit.variant.size
-        recommended = dit.variant.shift_for(size.width, size.height, steps)
-        schedule = Schedule(steps=steps, shift=shift or recommended, solver=solver)
+        schedule = schedule_for(dit.variant, size, steps, shift, solver)
         say(f"flow shift {schedule.shift:g}, sigmas " + " ".join(f"{s:.3f}" for s in schedule.sigmas.tolist()),
             cls.hidden.unique_id)  # fmt: skip
         return io.NodeOutput(schedule, schedule.sigmas)
+
+
+def schedule_for(variant: Variant, size: VideoSize, steps: int, shift: float, solver: str) -> Schedule:
+    """A schedule for videos of this size in pixels; flow shift 0 is what is recommended for them."""
+    return Schedule(steps=steps, shift=shift or variant.shift_for(size.width, size.height, steps), solver=solver)
 
 
 class CFGSkip(io.ComfyNode):

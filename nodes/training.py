@@ -6,17 +6,18 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
 from comfy_api.latest import io
-from PIL import Image
+from server import PromptServer
 
 from ..core.data.config import describe
 from ..core.io import safetensors
 from ..core.io.files import fingerprint
-from ..core.io.video import first_frame
 from ..core.lora.loraid import Loraid, allocate
 from ..core.lora.network import read_start
 from ..core.lora.stack import StackEntry
@@ -31,13 +32,15 @@ from ..core.training.job import (
     TrainingSet,
     WatchSettings,
 )
-from ..core.training.run import PREVIEW_SUFFIXES, REQUESTS, STOP, MetricsReader, Run
+from ..core.training.run import REQUESTS, STOP, MetricsReader, Run
 from ..core.training.watching import BANDS, average, band_losses
 from . import gpus, handles, paths
 from .progress import Progress, say
 
 CATEGORY = "VideoLoRA/training"
 _CORE = Path(__file__).resolve().parents[1] / "core"
+starting: set[str] = set()
+"""Names of the runs that wait for a GPU, or whose process has not spoken yet."""
 
 
 class Train(io.ComfyNode):
@@ -76,7 +79,7 @@ class Train(io.ComfyNode):
                 io.String.Output("path", display_name="path"),
                 io.LossMap.Output("loss", display_name="loss"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )  # fmt: skip
 
@@ -137,8 +140,11 @@ class Train(io.ComfyNode):
             **{"timesteps": TimestepSettings(sampling=dit.variant.training_sampling), **settings},
         )
         run = Run.of(job, paths.runs_folder())
-        if not _is_finished(run, job):
-            await _train(run, job, Progress(cls.hidden.unique_id, job.steps))
+        finished = _is_finished(run, job)
+        with nullcontext() if finished else _starting(run):
+            _announce(run, job, cls.hidden)
+            if not finished:
+                await _train(run, job, Progress(cls.hidden.unique_id, job.steps))
         metrics = run.metrics()
         summary = _summary(run, job, metrics)
         say(summary["text"], cls.hidden.unique_id)
@@ -146,8 +152,27 @@ class Train(io.ComfyNode):
             tuple(StackEntry(path, 1.0, loraid.number if loraid else 0) for path in job.final_paths),
             "\n".join(map(str, job.final_paths)),
             {"loss": [entry["loss"] for entry in metrics if entry["loss"] is not None]},
-            ui={"videolora_run": [summary], **_newest_previews(run)},
+            ui={"videolora_run": [summary]},
         )
+
+
+@contextmanager
+def _starting(run: Run) -> Iterator[None]:
+    starting.add(run.folder.name)
+    try:
+        yield
+    finally:
+        starting.discard(run.folder.name)
+
+
+def _announce(run: Run, job: Job, hidden: Any) -> None:
+    """Say in the run's folder and to every open editor which node it belongs to."""
+    workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
+    origin = {"workflow": str(workflow.get("id") or ""), "node": str(hidden.unique_id or "")}
+    run.keep_origin(**origin)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync("videolora.run", {"id": run.folder.name, "name": job.name, "origin": origin})
 
 
 def _low_expert(dit: handles.DiTFile) -> Expert:
@@ -212,6 +237,8 @@ async def _train(run: Run, job: Job, progress: Progress) -> None:
         try:
             view = _View(run, job, progress)
             while _at_work(run, process):
+                if run.is_alive():
+                    starting.discard(run.folder.name)
                 view.show()
                 await share.wait()
         except (
@@ -232,8 +259,9 @@ async def _train(run: Run, job: Job, progress: Progress) -> None:
             "may have run out of main memory or been killed. Queue it again to go on from the last save.\n\n"
             f"The end of {run.log}:\n{run.log_end()}"
         )
-    if status["state"] != runs.FINISHED:
-        raise RuntimeError(f"Training was stopped after step {status['step']} of {job.steps}. Queue it again to go on.")
+    if status["state"] != runs.FINISHED:  # asked for from outside, with everything saved: as the user's own Cancel
+        say(f"stopped after step {status['step']} of {job.steps}; queue it again to go on", progress.node_id)
+        raise mm.InterruptProcessingException
 
 
 def _at_work(run: Run, process: subprocess.Popen | None) -> bool:
@@ -274,7 +302,6 @@ class _View:
     def __init__(self, run: Run, job: Job, progress: Progress) -> None:
         self.run, self.job, self.progress = run, job, progress
         self.reader = MetricsReader(run)
-        self.seen = run.previews()[-1:]
 
     def show(self) -> None:
         """Raises ComfyUI's interrupt when the user has cancelled."""
@@ -282,16 +309,9 @@ class _View:
         if latest:
             doing = status["state"] if status["state"] == runs.PAUSED else status.get("doing")
             line = _line(latest, self.job) + (f"\n{doing}" if doing else "")
-            self.progress.update(latest[-1]["step"], self.job.steps, line, self._new_preview())
+            self.progress.update(latest[-1]["step"], self.job.steps, line)
         elif self.run.log.exists():
-            self.progress.update(0, self.job.steps, self.run.log_end(1), self._new_preview())
-
-    def _new_preview(self) -> Image.Image | None:
-        newest = self.run.previews()[-1:]
-        if newest == self.seen:
-            return None
-        self.seen = newest
-        return first_frame(newest[0])
+            self.progress.update(0, self.job.steps, self.run.log_end(1))
 
 
 def _line(recent: list[dict[str, Any]], job: Job) -> str:
@@ -342,18 +362,5 @@ def _summary(run: Run, job: Job, metrics: list[dict[str, Any]]) -> dict[str, Any
         "run": str(run.folder),
         "peak_memory": max((entry["memory"] for entry in metrics), default=0), "loss_by_timestep": bands,
         "validation_loss": validation, "skipped": skipped, "notes": notes,
-        "previews": [path.name for path in run.previews()], "text": "\n".join([*lines, *notes[-3:], *files]),
+        "previews": [paths.shown(path) for path in run.previews()], "text": "\n".join([*lines, *notes[-3:], *files]),
     }  # fmt: skip
-
-
-def _newest_previews(run: Run) -> dict[str, Any]:
-    """The previews of the newest step, as the editor shows videos and pictures that are in the output folder."""
-    found = run.previews()
-    newest = [path for path in found if path.name.split("_")[0] == found[-1].name.split("_")[0]]
-    if not newest:
-        return {}
-    video = PREVIEW_SUFFIXES[0]
-    return {
-        "images": [paths.shown(path) for path in newest],
-        "animated": (any(path.suffix == video for path in newest),),
-    }

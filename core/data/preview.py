@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +20,7 @@ from .windows import Window
 WIDTH = 1280  # of the contact sheet, in pixels
 _MARGIN, _GAP = 24, 12
 _STRIP = 104  # height of a strip of frames
+_STRIP_FRAMES = 16  # at most in the editor's strips
 _LANE = 10  # height of a window on a time line
 _LANES = 6  # of a clip at most
 _CLIPS = 40  # time lines at most
@@ -96,6 +97,35 @@ def mosaic(seen: Sequence[Sight], columns: int = 4) -> np.ndarray:
     return canvas
 
 
+def strip(sight: Sight) -> tuple[np.ndarray, int]:
+    """Frames of a window from left to right, (h, n * w, 3) uint8, and how many."""
+    frames = _small(np.stack(_spread(sight.frames, _STRIP_FRAMES)), _STRIP)
+    return np.concatenate(list(frames), axis=1), len(frames)
+
+
+def outline(plan: LatentPlan) -> dict[str, Any]:
+    """A data set without its pictures, for the editor: its buckets, its clips with their windows [start, count], and what is
+    left out."""
+    config, clips = plan.dataset.config, _clips(plan) if plan.dataset.config.kind == "video" else {}
+    return {
+        "title": config.title,
+        "buckets": [{"size": str(one.size), "text": one.describe(config.noun)} for one in buckets(plan)],
+        "clips": [
+            {"name": item.source.name, "frames": windows[0].clip, "windows": [list(one.window) for one in windows]}
+            for item, windows in list(clips.items())[:_CLIPS]
+        ],
+        "more_clips": max(0, len(clips) - _CLIPS),
+        "left_out": plan.problems,
+    }  # fmt: skip
+
+
+def _clips(plan: LatentPlan) -> dict[Item, list[PlannedWindow]]:
+    clips: dict[Item, list[PlannedWindow]] = {}
+    for planned in plan.windows:
+        clips.setdefault(planned.item, []).append(planned)
+    return clips
+
+
 def contact_sheet(plans: Sequence[LatentPlan], seen: Sequence[Sight]) -> np.ndarray:
     """One picture (H, 1280, 3) uint8: per data set its buckets with sample windows, then the time lines of its clips."""
     parts = []
@@ -114,7 +144,7 @@ def contact_sheet(plans: Sequence[LatentPlan], seen: Sequence[Sight]) -> np.ndar
     for part in parts:
         sheet.paste(part, (_MARGIN, top))
         top += part.height + _GAP
-    return np.asarray(sheet)
+    return np.array(sheet)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -163,9 +193,7 @@ def _cut(text: str, length: int) -> str:
 
 def _time_lines(plan: LatentPlan) -> Image.Image:
     """A bar per clip, as long as the clip, and its windows on it; windows that overlap lie under each other."""
-    clips: dict[Item, list[PlannedWindow]] = {}
-    for planned in plan.windows:
-        clips.setdefault(planned.item, []).append(planned)
+    clips = _clips(plan)
     shown = dict(list(clips.items())[:_CLIPS])
     longest = max(windows[0].clip for windows in shown.values())
     left, right = 230, WIDTH - 2 * _MARGIN - 190

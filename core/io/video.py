@@ -1,4 +1,4 @@
-"""Writing pictures and videos, and looking at their first frame. Frames are (H, W, 3) uint8 RGB."""
+"""Writing pictures and videos. Frames are (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
@@ -32,12 +32,3 @@ def write_picture(path: Path, frame: np.ndarray) -> None:
     """Write a PNG file; atomic."""
     with atomic(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG")
-
-
-def first_frame(path: Path) -> Image.Image:
-    """Of a video or picture."""
-    if path.suffix == ".png":
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    with av.open(str(path)) as container:
-        return next(container.decode(video=0)).to_image()

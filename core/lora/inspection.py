@@ -4,7 +4,7 @@ which LORAIDs are free; as a report and as a picture."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -71,13 +71,8 @@ def inspect(loras: Sequence[LoRAFile], matrices: Sequence[Matrix]) -> Inspection
 
 
 def _overlap(a: int, b: int, one: LoRAFile, other: LoRAFile, columns: dict[str, int]) -> Overlap:
-    shared = {}
-    for name in one.factors.keys() & other.factors.keys():
-        start, stop = (
-            pick(f.touched[i] for f in (one.factors[name], other.factors[name])) for i, pick in ((0, max), (1, min))
-        )
-        if start < stop:
-            shared[name] = (stop - start) * columns[name]
+    touched = ({name: factors.touched for name, factors in lora.factors.items()} for lora in (one, other))
+    shared = {name: (stop - start) * columns[name] for name, (start, stop) in shared_rows(*touched).items()}
     names = [name for name in columns if name in shared]
     compared = [name for name in names if all(_comparable(f.factors[name]) for f in (one, other))]
     if not names or len(compared) < len(names):
@@ -94,6 +89,12 @@ def _overlap(a: int, b: int, one: LoRAFile, other: LoRAFile, columns: dict[str, 
     x, y = (f.factors[closest].as_lora().to(torch.float32) for f in (one, other))
     return Overlap(a, b, names, sum(shared.values()), cosine, closest, principal_angle(x.up, y.up),
                    principal_angle(x.down.t(), y.down.t()))  # fmt: skip
+
+
+def shared_rows(one: Mapping[str, loraid.Rows], other: Mapping[str, loraid.Rows]) -> dict[str, loraid.Rows]:
+    """The rows of matrices that are in both."""
+    both = {name: (max(a, other[name][0]), min(b, other[name][1])) for name, (a, b) in one.items() if name in other}
+    return {name: (start, stop) for name, (start, stop) in both.items() if start < stop}
 
 
 def _comparable(factors: Factors) -> bool:
@@ -201,7 +202,7 @@ def picture(found: Inspection) -> Image.Image:
     """A map per LoRA, blocks from left to right and kinds of matrices from top to bottom: how full a cell is, is the share of
     its rows that are touched; what another LoRA touches too is framed."""
     blocks = blocks_of(found.matrices)
-    kinds = list(dict.fromkeys(_kind(m) for m in found.matrices))
+    kinds = list(dict.fromkeys(kind_of(m) for m in found.matrices))
     across = max(len(blocks) * _CELL, 360)
     each = 34 + len(kinds) * _CELL + 26
     size = (2 * _MARGIN + _LABEL + across, 2 * _MARGIN + 44 + each * len(found.loras))
@@ -235,7 +236,7 @@ def picture(found: Inspection) -> Image.Image:
             _text(draw, _MARGIN, top + 24 + row * _CELL, kind, 10, _FAINT)
         for m in found.matrices:
             left = _MARGIN + _LABEL + blocks.index(m.block) * _CELL
-            y = top + 24 + kinds.index(_kind(m)) * _CELL
+            y = top + 24 + kinds.index(kind_of(m)) * _CELL
             _box(draw, left, y, left + _CELL - 2, y + _CELL - 2, _EMPTY)
             start, stop = lora.factors[m.name].touched if m.name in lora.factors else (0, 0)
             if start < stop:
@@ -251,7 +252,8 @@ def picture(found: Inspection) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _kind(matrix: Matrix) -> str:
+def kind_of(matrix: Matrix) -> str:
+    """Its name in its block."""
     return matrix.name.removeprefix(matrix.block + ".")
 
 

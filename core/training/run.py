@@ -3,6 +3,7 @@
     job.json             what is trained
     worker.json          which process works on it: id and start time
     gpus.json            which GPUs it was started on
+    origin.json          the workflow and the node that queued it last
     started.json         when it was first worked on
     status.json          running, paused, stopped, finished or failed; the step reached; the error
     metrics.jsonl        one line per step (see `watching.py`)
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -108,6 +110,14 @@ class Run:
     def keep_gpus(self, numbers: Sequence[int]) -> None:
         write_json(self.path("gpus.json"), list(numbers))
 
+    def origin(self) -> dict[str, str]:
+        """`workflow` and `node` that queued the run last; nothing where that is not known."""
+        path = self.path("origin.json")
+        return read_json(path) if path.exists() else {}
+
+    def keep_origin(self, workflow: str, node: str) -> None:
+        write_json(self.path("origin.json"), {"workflow": workflow, "node": node})
+
     def write_status(self, state: str, step: int, **details: Any) -> None:
         write_json(self.path("status.json"), {"state": state, "step": step, **details})
 
@@ -137,6 +147,10 @@ class Run:
     def is_asked(self, request: str) -> bool:
         return self.path(request).exists()
 
+    def asked(self) -> list[str]:
+        """The requests that are not followed yet."""
+        return [request for request in REQUESTS if self.is_asked(request)]
+
     def forget(self, *requests: str) -> None:
         """Requests that were followed or taken back, or that are older than the process."""
         for request in requests:
@@ -162,6 +176,11 @@ class Run:
     def started(self) -> float:
         """When the run was first worked on, in seconds since 1970."""
         return read_json(self.path("started.json"))
+
+    def attempt(self) -> float:
+        """Which process wrote the last steps: changes whenever another one goes on, which may do some steps again."""
+        path = self.path("worker.json")
+        return read_json(path)["started"] if path.exists() else 0.0
 
     def cut_metrics(self, step: int) -> None:
         """Forget steps after `step`, which will be done again."""
@@ -192,13 +211,18 @@ class Run:
             return "(nothing was logged)"
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
+    def last_message(self) -> str:
+        """The last line of the log that begins with the time, as messages do; empty before the first."""
+        lines = self.log_end(200).splitlines()
+        return next((line for line in reversed(lines) if re.match(r"\d\d:\d\d:\d\d ", line)), "")
+
 
 class MetricsReader:
-    """The latest steps of a run, read on from where the last look ended."""
+    """The latest steps of a run, read on from where the last look ended (`position`, in bytes)."""
 
-    def __init__(self, run: Run, keep: int | None = 50) -> None:
+    def __init__(self, run: Run, keep: int | None = 50, position: int = 0) -> None:
         self.path = run.path("metrics.jsonl")
-        self.position = 0
+        self.position = position
         self.latest: deque[dict[str, Any]] = deque(maxlen=keep)
 
     def read(self) -> deque[dict[str, Any]]:

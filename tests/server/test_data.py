@@ -57,12 +57,23 @@ def test_the_preview_shows_sheet_video_and_statistics_without_caching_anything(s
     assert "29 clips, 29 windows, 29 batches an epoch" in text and "29 images" in text
     assert "left out: zarko_05.mp4" in text and "left out: still_07.png" in text
     assert "the same content:" in text and "latent caches: 0 of 58 are there" in text
-    (sheet,) = outcome.outputs[node(graph, "VideoLoRADatasetPreview")]["images"]
-    picture = np.asarray(Image.open(server.base / "temp" / sheet["subfolder"] / sheet["filename"]).convert("RGB"))
+    shown = demo.shown(outcome, "videolora_data")
+    picture = shown_picture(server, shown["sheet"])
     assert picture.shape[1] == 1280 and (np.abs(picture - np.array((235, 30, 30))) < 25).all(2).sum() > 500
     (video,) = outcome.outputs[node(graph, "SaveVideo")]["images"]
     assert len(frames(server.base / "output" / video["subfolder"] / video["filename"])) == demo.FRAMES
     assert not caches(folder)
+    clips_set, stills = shown["sets"]
+    window = clips_set["buckets"][0]["windows"][0]
+    assert shown_picture(server, window["strip"]).shape == (window["height"], window["frames"] * window["width"], 3)
+    assert window["window"] == [0, demo.FRAMES] and window["name"].startswith("zarko_") and "zarko" in window["caption"]
+    assert clips_set["clips"][0] == {"name": "zarko_00.mp4", "frames": 21, "windows": [[0, demo.FRAMES]]}
+    assert "zarko_05.mp4" in clips_set["left_out"][0] and not stills["clips"] and len(stills["buckets"]) > 1
+
+
+def shown_picture(server, file):
+    path = server.base / file["type"] / file["subfolder"] / file["filename"]
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def test_an_interrupted_caching_goes_on_and_only_what_changes_is_done_again(server, folder):

@@ -2,7 +2,6 @@
 
 import threading
 import time
-import urllib.error
 
 import av
 import client
@@ -78,8 +77,9 @@ def test_previews_are_videos_and_pictures_of_their_prompts(server, followed):
     assert frames(video).shape[1:] == (64, 96, 3)
     with av.open(str(video)) as container:
         assert container.streams.video[0].average_rate == 16
-    shown = outcome.outputs[node(watched(), "VideoLoRATrain")]["images"]
-    assert {entry["filename"] for entry in shown} <= names and shown
+    assert {entry["filename"] for entry in summary(outcome)["previews"]} == {
+        name for name in names if name.endswith(("mp4", "png"))
+    }
 
 
 def test_validation_losses_are_reported(server, followed):
@@ -87,9 +87,3 @@ def test_validation_losses_are_reported(server, followed):
     metrics = server.get(f"/videolora/runs/{run}?tail=1000")["metrics"]
     validated = [entry["step"] for entry in metrics if entry.get("validation_loss") is not None]
     assert validated == [10, 20, 30, 40, 50, 60]
-
-
-@pytest.mark.parametrize("name", ["gone", "..%2f..%2fetc", "%2e%2e"])
-def test_runs_that_are_not_there_are_not_found(server, name):
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        server.get(f"/videolora/runs/{name}")
