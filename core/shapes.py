@@ -80,7 +80,7 @@ class LatentSpec:
         """The largest size that the model can take and that is not above `pixels`. ValueError where there is none."""
         if not pixels.frames:
             raise ValueError("the video has no frames: give it at least one.")
-        height, width = (side // self.multiple * self.multiple for side in pixels[1:])
+        height, width = (side // self.multiple * self.multiple or side for side in pixels[1:])
         size = VideoSize(self.frames_at_most(pixels.frames), height, width)
         self.check(size)
         return size
