@@ -50,6 +50,15 @@ def moved(conditions: Conditions, device: torch.device) -> Conditions:
     }
 
 
+def check_known(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise ValueError when the options of a CONDITIONING hold what would have no effect."""
+    ignored = sorted(name for name, value in options.items() if value is not None and name not in known)
+    if ignored:
+        raise ValueError(
+            f"the conditioning carries {', '.join(ignored)}, which this model cannot use: link it without."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageInput:
     """How an image-to-video release takes its images.

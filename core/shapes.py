@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -77,7 +78,9 @@ class LatentSpec:
 
     def largest_within(self, pixels: VideoSize) -> VideoSize:
         """The largest size that the model can take and that is not above `pixels`. ValueError where there is none."""
-        height, width = (side // self.multiple * self.multiple for side in pixels[1:])
+        if not pixels.frames:
+            raise ValueError("the video has no frames: give it at least one.")
+        height, width = (side // self.multiple * self.multiple or side for side in pixels[1:])
         size = VideoSize(self.frames_at_most(pixels.frames), height, width)
         self.check(size)
         return size
@@ -115,6 +118,14 @@ class LatentSpec:
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} do not fit: expected (B, {self.channels}, F, H, W). "
                 "They were made by the VAE of another model."
+            )
+
+    def check_image(self, image: Sequence[int], latents: VideoSize) -> None:
+        """Raise ValueError unless the latents (C, F, H, W) of a start image are as large as those of the video."""
+        made, wanted = (self.pixels(VideoSize(*size)) for size in (image[1:], latents))
+        if made != wanted:
+            raise ValueError(
+                f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
             )
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix.lower() != ".safetensors":
         tensors = torch_file.load(path)
         if (factors := _factor_file(path, tensors)) is not None:
-            tensors |= _by_weight(torch_file.load(factors))
+            tensors |= _factors(factors, torch_file.load(factors), tensors)
         infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
         return Checkpoint(path, infos, {}, tensors.__getitem__)
     infos, homes, metadata = read_header(path)
@@ -168,7 +168,7 @@ def read_header(path: Path) -> Header:
     if path.suffix.lower() != ".safetensors":
         parts = [(path, torch_file.read_header(path))]
         if (factors := _factor_file(*parts[0])) is not None:
-            parts.append((factors, _by_weight(torch_file.read_header(factors))))
+            parts.append((factors, _factors(factors, torch_file.read_header(factors), parts[0][1])))
     else:
         parts = []
         for shard in shards(path):
@@ -201,8 +201,15 @@ def _factor_file(path: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> Path
 _Value = TypeVar("_Value", Tensor, TensorInfo)
 
 
-def _by_weight(by_layer: Mapping[str, _Value]) -> dict[str, _Value]:
-    return {f"{layer}.weight_scale": factor for layer, factor in by_layer.items()}
+def _factors(path: Path, by_layer: Mapping[str, _Value], weights: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The factors of a second file under names that stand beside the weights. ValueError when one is missing."""
+    fp8 = (name for name, value in weights.items() if value.dtype in FP8)
+    layers = [name.removesuffix(".weight") for name in fp8 if name.endswith(".weight")]
+    missing = [layer for layer in layers if layer not in by_layer]
+    if missing:
+        raise ValueError(f"{path.name} lacks the factors of {len(missing)} of {len(layers)} fp8 weights ({missing[0]}, ...): get it "
+                         "again, from where the model is from.")  # fmt: skip
+    return {f"{layer}.weight_scale": by_layer[layer] for layer in layers}
 
 
 def shards(path: Path) -> list[Path]:

@@ -8,6 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
+_EDGE, _TITLES = (
+    14,
+    84,
+)  # between a node and its group's frame; and above a column, where the group's and the node's titles stand
+_PURPOSES = {
+    "VideoLoRA/loaders": "Models",
+    "VideoLoRA/data": "Data",
+    "VideoLoRA/caching": "Cache",
+    "VideoLoRA/training": "Training",
+    "VideoLoRA/sampling": "Sampling",
+    "VideoLoRA/lora": "LoRAs",
+    "video": "Output",
+}
 # What panels need of their nodes: width, and height besides sockets and inputs.
 _PANELS = {
     "VideoLoRATrain": (520, 640),
@@ -98,7 +111,7 @@ class Graph:
                     links.append(_link(len(links) + 1, placed, node, name, value))
         return {
             "last_node_id": len(self.nodes) + 1, "last_link_id": len(links),
-            "nodes": [*placed.values(), self._note()], "links": links, "groups": [],
+            "nodes": [*placed.values(), self._note()], "links": links, "groups": self._groups(info, lefts, heights),
             "config": {}, "extra": {}, "version": 0.4,
         }  # fmt: skip
 
@@ -108,10 +121,31 @@ class Graph:
         widths = [max(node.size[0] for node in self.nodes if node.column == column) for column in columns]
         return [sum(widths[:column]) + column * _GAP for column in columns]
 
+    def _groups(self, info: dict[str, dict], lefts: list[int], heights: dict[int, int]) -> list[dict[str, Any]]:
+        """A frame around each column, named after what its nodes are for."""
+        groups = []
+        for column, left in enumerate(lefts):
+            nodes = [node for node in self.nodes if node.column == column]
+            purposes = [_PURPOSES.get(info[node.kind]["category"]) for node in nodes]
+            title = ", ".join(dict.fromkeys(purpose for purpose in purposes if purpose)) or "Output"
+            width, height = max(node.size[0] for node in nodes), heights[column] - _GAP
+            bounding = [left - _EDGE, -_TITLES, width + 2 * _EDGE, height + _TITLES + _EDGE]
+            groups.append(
+                {
+                    "id": column + 1,
+                    "title": title,
+                    "bounding": bounding,
+                    "color": "#3f789e",
+                    "font_size": 22,
+                    "flags": {},
+                }
+            )
+        return groups
+
     def _note(self) -> dict[str, Any]:
         number = len(self.nodes) + 1
         return {
-            "id": number, "type": "MarkdownNote", "pos": [0, -320], "size": [2 * _WIDTH + _GAP, 260], "flags": {},
+            "id": number, "type": "MarkdownNote", "pos": [0, -_TITLES - 310], "size": [2 * _WIDTH + _GAP, 260], "flags": {},
             "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {},
             "widgets_values": [self.note.replace("`", "**")],  # the editor's code style is hard to read on a note
         }  # fmt: skip

@@ -118,6 +118,8 @@ class CacheLatents(io.ComfyNode):
                 dit: handles.DiTFile | None = None, clip_vision: handles.VisionEncoderFile | None = None) -> io.NodeOutput:  # fmt: skip
         node_id, progress = cls.hidden.unique_id, Progress(cls.hidden.unique_id)
         images = handles.image_plan(dit, clip_vision)
+        if dit is not None:
+            handles.check_family(dit, vae)
 
         def checking(done: int, total: int) -> None:
             progress.update(done, total, f"checking clip {done + 1} of {total}")

@@ -21,7 +21,7 @@ from comfy_api.latest import io
 from ..core.data.planning import Dataset, ImagePlan, LatentPlan, PlannedText
 from ..core.devices import compute_dtype, free_memory
 from ..core.families import FAMILIES, check_size, open_part, variant_of
-from ..core.family import VAE, Family, Kind, Part, TextEncoder, Tokenizer, Variant, VisionEncoder
+from ..core.family import KIND_TITLES, VAE, Family, Kind, Part, TextEncoder, Tokenizer, Variant, VisionEncoder
 from ..core.io.files import digest, fingerprint
 from ..core.io.safetensors import read_header
 from ..core.lora.adapter import attached
@@ -436,15 +436,15 @@ def image_plan(dit: DiTFile | None, clip_vision: VisionEncoderFile | None) -> Im
         raise ValueError(f"{dit.variant.title} also looks at images with an encoder: link Load CLIP Image Encoder (Wan), or Load "
                          "SigLIP Image Encoder (HunyuanVideo 1.5).")  # fmt: skip
     if clip_vision:
-        check_vision(dit, clip_vision)
+        check_family(dit, clip_vision)
     return images and ImagePlan(input=images, encoder_identity=clip_vision.identity if clip_vision else "")
 
 
-def check_vision(dit: DiTFile, encoder: VisionEncoderFile) -> None:
-    """Raise ValueError unless the image encoder is that of the model's family."""
-    if encoder.family.name != dit.family.name:
-        raise ValueError(f"{encoder.path.name} is a {encoder.part.title}, which {dit.variant.title} does not look at images with: "
-                         "link the image encoder of its family.")  # fmt: skip
+def check_family(dit: DiTFile, file: ModelFile) -> None:
+    """Raise ValueError unless the file is for models of the transformer's family."""
+    if file.family.name != dit.family.name:
+        raise ValueError(f"{file.path.name} is for {file.family.title}, and the model is {dit.family.title}: link the "
+                         f"{KIND_TITLES[file.part.kind]} of its family.")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,14 @@ class EncodeImage(io.ComfyNode):
 def encoded(dit: handles.DiTFile, vae: handles.VAEFile, size: VideoSize, start_image: Tensor, end_image: Tensor | None,
             clip_vision) -> States:  # fmt: skip
     """What the model is told of the images (1, H, W, C) for a video of this size. `clip_vision` is what the node's input
-    takes. Raises ValueError for a model that takes no images, or not these."""
+    takes. Raises ValueError for a model that takes no images, or not these, and for a VAE or image encoder of another
+    family."""
     images = dit.variant.images
     if images is None:
         raise ValueError(f"{dit.variant.title} is no image-to-video model: leave the image out, or load another model.")
     if clip_vision is not None and not images.vision:
         raise ValueError(f"{dit.variant.title} looks at no image with an encoder: take the link to clip vision away.")
+    handles.check_family(dit, vae)
     start, end = (None if one is None else _picture(one, size) for one in (start_image, end_image))
     both = end is not None and images.end == "inside"
     # First, as the VAE needs the most room to work.
@@ -101,7 +103,7 @@ def _picture(images: Tensor, size: VideoSize) -> Tensor:
 def _encoder(dit: handles.DiTFile, clip_vision, both: bool) -> VisionEncoder:
     """What looks at the start image, or at both images."""
     if isinstance(clip_vision, handles.VisionEncoderFile):
-        handles.check_vision(dit, clip_vision)
+        handles.check_family(dit, clip_vision)
         return clip_vision.load()
     if both:
         raise ValueError("this model looks at the end image too: link Load CLIP Image Encoder, or use ComfyUI's own "

@@ -92,8 +92,8 @@ class PreviewSettingsNode(io.ComfyNode):
                 every_epochs: int, at_start: bool, vae: handles.VAEFile | None = None, file: str = "", solver: str = "euler",
                 start_image=None, end_image=None, clip_vision: handles.VisionEncoderFile | None = None, **defaults: Any) -> io.NodeOutput:  # fmt: skip
         for part in (text_encoder, vae):
-            if part is not None and part.family.name != dit.family.name:
-                raise ValueError(f"{part.path.name} is for {part.family.title}, and the model is {dit.family.title}.")
+            if part is not None:
+                handles.check_family(dit, part)
         given = parse_lines(prompts) + (read_prompts(paths.data_path(file)) if file else [])
         if not 0 < len(given) <= _MOST_PROMPTS:
             raise ValueError(f"there are {len(given)} prompts for previews: give 1 to {_MOST_PROMPTS}.")

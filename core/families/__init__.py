@@ -32,6 +32,11 @@ def recognise(checkpoint: Checkpoint) -> tuple[Checkpoint, Part]:
             refusals.append(
                 f"{checkpoint.path.name} is incomplete: it looks like {family.title}, but {error} is missing. Get the file again."
             )
+        except (IndexError, ZeroDivisionError):
+            refusals.append(
+                f"{checkpoint.path.name} is damaged: it looks like {family.title}, but its tensors have shapes that this cannot "
+                "have. Get the file again."
+            )
         except ValueError as error:
             refusals.append(f"{checkpoint.path.name}: {error}")
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .safetensors import TensorInfo
+from .safetensors import DTYPES, TensorInfo
 
 # torch.load(weights_only=True) could still be made to run code before this version (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
@@ -26,6 +26,7 @@ _DAMAGE = (
     struct.error,
     LookupError,
     TypeError,
+    AttributeError,
     AssertionError,
 )
 
@@ -53,14 +54,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = _tensors(path)
     infos = {}
     for name, value in tensors.items():
-        storage = value.untyped_storage()
-        if not value.is_contiguous() or not hasattr(storage, "_checkpoint_offset"):
+        begin = _offset(value)
+        if begin is None or value.dtype not in DTYPES.values():
             raise ValueError(
                 f"{path.name}: '{name}' is stored in a way that cannot be copied. Use the safetensors version of the model."
             )
-        start = storage._checkpoint_offset + value.storage_offset() * value.element_size()
+        start = begin + value.storage_offset() * value.element_size()
         infos[name] = TensorInfo(tuple(value.shape), value.dtype, start, start + value.numel() * value.element_size())
     return dict(sorted(infos.items(), key=lambda item: item[1].start))
+
+
+def _offset(value: Tensor) -> int | None:
+    """Where the storage of a tensor lies in its file; None where that does not hold the values one after the other, or torch
+    does not tell, as of files from before torch 1.6."""
+    if value.layout is not torch.strided or not value.is_contiguous():
+        return None
+    return getattr(value.untyped_storage(), "_checkpoint_offset", None)
 
 
 def _tensors(path: Path, **how: bool) -> dict[str, Tensor]:
@@ -84,7 +93,7 @@ def _tensors(path: Path, **how: bool) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds a {type(content).__name__}, not the tensors of a model.")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path.name} holds no tensors.")
     return tensors

@@ -274,11 +274,11 @@ def _placed(path: Path, whole: Factors, place: Placed, matrix: Matrix) -> Factor
     if whole.shape != theirs:
         raise ValueError(
             f"{path.name}: '{matrix.name}' is for a matrix of {whole.shape[0]} x {whole.shape[1]}, this model's is "
-            f"{theirs[0]} x {theirs[1]}: the LoRA belongs to another size of the model."
+            f"{theirs[0]} x {theirs[1]}: the LoRA was made for another size of the model, or for another model."
         )
     rows = place.of_theirs.rows(theirs[0])
-    cut = whole if rows == (0, theirs[0]) else whole.cut(rows)
     try:
+        cut = whole if rows == (0, theirs[0]) else whole.cut(rows)
         return cut if (start, stop) == (0, matrix.rows) else cut.placed(start, matrix.rows)
     except ValueError as error:
         raise ValueError(f"{path.name}: '{matrix.name}': {error}") from error

@@ -90,3 +90,11 @@ def test_latents_of_another_model_are_refused(shape):
     for convert in (TOY.to_model, TOY.from_model):
         with pytest.raises(ValueError, match=r"expected \(B, 3, F, H, W\).*VAE of another model"):
             convert(torch.zeros(shape))
+
+
+def test_the_largest_size_within_a_video_is_cut_to_whole_latents_and_needs_a_frame():
+    latent = FAMILIES["hunyuan_video_1_5"].latent
+    assert latent.largest_within(VideoSize(7, 33, 70)) == (5, 32, 64)
+    for size, message in ((VideoSize(0, 32, 32), "no frames"), (VideoSize(1, 15, 32), "height 15 does not fit")):
+        with pytest.raises(ValueError, match=message):
+            latent.largest_within(size)

@@ -154,7 +154,10 @@ def test_our_start_image_samples_alike_in_comfyuis_own_sampler(server):
     )
 
 
-def test_an_image_for_the_text_to_video_model_is_refused(server):
+def test_an_image_for_the_text_to_video_model_or_of_another_vae_is_refused(server):
     graph = demo.graph("skyreels_i2v_sample", **QUICK)
-    graph = client.with_overrides(graph, {"VideoLoRALoadDiT": {"model": HUNYUAN}})
-    assert "is no image-to-video model" in client.run(server, graph).error
+    other = client.with_overrides(graph, {"VideoLoRALoadDiT": {"model": HUNYUAN}})
+    assert "is no image-to-video model" in client.run(server, other).error
+    # Wan's latents have the same shape.
+    other = client.with_overrides(graph, {"VideoLoRALoadVAE": {"model": "wan_2.1_vae.safetensors"}})
+    assert "link the VAE of its family" in client.run(server, other).error

@@ -82,8 +82,11 @@ def test_image_to_video_is_trained_from_clips_and_from_pictures(server, folder, 
     assert all(name.startswith("diffusion_model.double_blocks.") for name in load_file(path))
 
 
-def test_an_image_encoder_of_another_model_or_none_is_refused(server):
+def test_an_encoder_of_another_model_or_none_is_refused(server):
     graph = demo.graph("hunyuan15_i2v_train", **QUICK)
+    for name in ("hunyuan_video_vae_bf16", "wan_2.1_vae"):
+        other = client.with_overrides(graph, {node(graph, "VideoLoRALoadVAE"): {"model": f"{name}.safetensors"}})
+        assert "link the VAE of its family" in client.run(server, other).error
     cache = node(graph, "VideoLoRACacheLatents")
     other = {
         **graph,

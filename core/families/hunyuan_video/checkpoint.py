@@ -111,7 +111,12 @@ def recognise(shapes: Shapes) -> Part | None:
         return _dit(shapes)
     if _DIFFUSERS_ANCHOR in shapes:
         views = _diffusers_views(shapes)
-        return _dit({name: view.shape for name, view in views.items()}, views)
+        part = _dit({name: view.shape for name, view in views.items()}, views)
+        more = sorted(shapes.keys() - {source for view in views.values() for source, _ in view.pieces})
+        if part and more:
+            raise ValueError(f"it has {len(more)} tensors that HunyuanVideo and SkyReels V1 lack ({more[0]}, ...): it is a relative, "
+                             "such as FramePack, which is not supported.")  # fmt: skip
+        return part
     if _VAE_ANCHOR in shapes or _VAE_LDM_ANCHOR in shapes:
         return _vae(shapes)
     if _LLAMA_ANCHOR in shapes:

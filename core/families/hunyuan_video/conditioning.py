@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...family import GUIDANCE, VAE, Conditions, ImageInput, States, TextStates, VisionEncoder
+from ...family import GUIDANCE, VAE, Conditions, ImageInput, States, TextStates, VisionEncoder, check_known
 from ...shapes import VideoSize
 from .defaults import CLIP_TOKENS, IMAGE, LATENT, LLM, LLM_MASK, LLM_TOKENS, POOLED, POOLED_MASK
 from .dit import HunyuanVideoConfig
@@ -76,11 +76,8 @@ def check_states(
         )
     if not images and IMAGE in shapes:
         raise ValueError("this is a text-to-video model and cannot use a start image: use an image-to-video model.")
-    if images and tuple(shapes[IMAGE][1:]) != tuple(size):
-        made, wanted = (LATENT.pixels(VideoSize(*one)) for one in (shapes[IMAGE][1:], size))
-        raise ValueError(
-            f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
-        )
+    if images:
+        LATENT.check_image(shapes[IMAGE], size)
     if POOLED in shapes and tuple(shapes[POOLED]) != (config.pooled_dim,):
         raise ValueError(f"the conditioning's pooled prompt has the shape {tuple(shapes[POOLED])}, and this model takes "
                          f"({config.pooled_dim},): it was made by the text encoder of another model.")  # fmt: skip
@@ -101,20 +98,28 @@ def image_options(states: States) -> dict[str, Any]:
 
 def from_comfyui(cross_attn: Tensor, options: Mapping[str, Any]) -> States:
     """(1, L, D) -> states; those that the mask leaves out are no tokens. ValueError for what would have no effect."""
-    ignored = sorted(name for name, value in options.items() if value is not None and name not in _KNOWN)
-    if ignored:
-        raise ValueError(
-            f"the conditioning carries {', '.join(ignored)}, which this model cannot use: link it without."
-        )
+    check_known(options, _KNOWN)
     pooled, mask, image = (options.get(name) for name in ("pooled_output", "attention_mask", "concat_latent_image"))
     if pooled is None:
         raise ValueError("the conditioning has no pooled prompt: it was made by the text encoder of another model.")
-    states = _states(cross_attn[0], pooled[0])
-    if mask is not None:
-        states[LLM_MASK] = mask[0].cpu().bool().long()
+    states = _states(tokens_in(cross_attn, mask), pooled[0])
     if options.get("guidance") is not None:
         states[GUIDANCE] = torch.tensor(float(options["guidance"]))
     if image is not None:
         LATENT.check_latents(image)
         states[IMAGE] = LATENT.to_model(image.cpu().float())[0]
+    return states
+
+
+def tokens_in(cross_attn: Tensor, mask: Tensor | None) -> Tensor:
+    """(1, L, D) and ComfyUI's attention mask (1, L) -> the states of those tokens that it leaves in. ValueError when there are
+    none, or when the mask is that of another prompt."""
+    states = cross_attn[0]
+    if mask is not None:
+        if mask.shape != cross_attn.shape[:2]:
+            raise ValueError(f"the conditioning has {cross_attn.shape[1]} tokens and an attention mask of shape {tuple(mask.shape)}: "
+                             "link it as the text encoder gives it, not joined with another.")  # fmt: skip
+        states = states[mask[0].to(states.device).bool()]
+    if not len(states):
+        raise ValueError("the conditioning holds no tokens: link the one of a prompt.")
     return states

@@ -8,7 +8,7 @@ N heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,10 @@ class LlamaTokenizer:
     def __init__(self, folders: Iterable[Path]) -> None:
         import tokenizers
 
-        folder = folder_with(("tokenizer.json",), "<|start_header_id|>", folders, "LLaVA-Llama-3")
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = tokenizer_in(
+            folders, ("tokenizer.json",), "<|start_header_id|>", "LLaVA-Llama-3",
+            lambda folder: tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json"))),
+        )  # fmt: skip
 
     def _whole(self, prompt: str) -> list[int]:
         return self.tokenizer.encode(TEMPLATE.format(prompt)).ids
@@ -208,8 +210,10 @@ class CLIPTokenizer:
     def __init__(self, folders: Iterable[Path]) -> None:
         from transformers import CLIPTokenizer as Tokenizer
 
-        folder = folder_with(("vocab.json", "merges.txt"), "<|startoftext|>", folders, "CLIP-L")
-        self.tokenizer = Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.tokenizer = tokenizer_in(
+            folders, ("vocab.json", "merges.txt"), "<|startoftext|>", "CLIP-L",
+            lambda folder: Tokenizer.from_pretrained(folder, local_files_only=True),
+        )  # fmt: skip
 
     def __call__(self, prompt: str) -> list[int]:
         """Token numbers between the marks of beginning and end; at most 77."""
@@ -256,18 +260,27 @@ def _mask(used: int, tokens: int) -> Tensor:
     return (torch.arange(tokens) < used).long()
 
 
-def folder_with(names: Sequence[str], token: str, folders: Iterable[Path], title: str) -> Path:
-    """The first folder that holds all these files, the first of which knows `token`: others have files of the same names.
-    ValueError when none does."""
+def tokenizer_in(
+    folders: Iterable[Path], names: Sequence[str], token: str, title: str, make: Callable[[str], Any]
+) -> Any:
+    """What `make` makes of the first folder that holds all these files, the first of which knows `token`: others have files of
+    the same names. ValueError when there is none, or its files are damaged."""
     folders = list(folders)
     for folder in folders:
         if all((folder / name).is_file() for name in names) and token in (folder / names[0]).read_text(
-            encoding="utf-8"
+            encoding="utf-8", errors="replace"
         ):
-            return folder
-    raise ValueError(
-        f"the tokenizer of {title} was not found: put {' and '.join(names)} of the model's repository into {folders[0]}."
-    )
+            break
+    else:
+        raise ValueError(
+            f"the tokenizer of {title} was not found: put {' and '.join(names)} of the model's repository into {folders[0]}."
+        )
+    try:
+        return make(str(folder))
+    except Exception as error:  # the libraries' own are of any kind
+        raise ValueError(
+            f"the tokenizer of {title} in {folder} cannot be read ({error}): get {' and '.join(names)} again."
+        ) from error
 
 
 _ENCODERS: dict[type, tuple[type, type, type]] = {

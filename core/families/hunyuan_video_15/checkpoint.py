@@ -28,14 +28,24 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 NAME = "hunyuan_video_1_5"
 _DIT_ANCHOR = "txt_in.individual_token_refiner.blocks.0.norm1.weight"
+_DIFFUSERS_ANCHOR = "cond_type_embed.weight"
 _VAE_ANCHOR = "decoder.mid.block_1.norm1.gamma"
 _QWEN_ANCHOR = "layers.0.self_attn.k_proj.bias"
 _T5_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _BYT5_ANCHOR, _BYT5_OFFICIAL_ANCHOR = f"encoder.{_T5_BIAS}", f"text_tower.encoder.{_T5_BIAS}"
 _SIGLIP_ANCHOR = "vision_model.embeddings.patch_embedding.bias"
-ANCHORS = (_DIT_ANCHOR, _VAE_ANCHOR, _QWEN_ANCHOR, _BYT5_ANCHOR, _BYT5_OFFICIAL_ANCHOR, _SIGLIP_ANCHOR)
+ANCHORS = (
+    _DIT_ANCHOR,
+    _DIFFUSERS_ANCHOR,
+    _VAE_ANCHOR,
+    _QWEN_ANCHOR,
+    _BYT5_ANCHOR,
+    _BYT5_OFFICIAL_ANCHOR,
+    _SIGLIP_ANCHOR,
+)
 
 _QWEN_3B_DIM = 2048
+_GLYPH_VOCABULARY = 1510  # with the colours and fonts that were added
 _INPUTS = 2 * CHANNELS + MASK_CHANNELS  # noise, the start image, where that is
 _SUPER_RESOLUTION_INPUTS = _INPUTS + CHANNELS + MASK_CHANNELS
 _FUSED = "_attn_qkv."  # of ComfyUI's layout, in double blocks
@@ -45,6 +55,9 @@ def recognise(shapes: Shapes) -> Part | None:
     """A transformer, VAE, Qwen2.5-VL, glyph ByT5 or SigLIP, or None. ValueError for a relative that is not supported."""
     if _DIT_ANCHOR in shapes:
         return _dit(shapes)
+    if _DIFFUSERS_ANCHOR in shapes and "x_embedder.proj.weight" in shapes:
+        raise ValueError("this is HunyuanVideo 1.5 in diffusers' layout, which is not supported: use ComfyUI's file or the official "
+                         "one.")  # fmt: skip
     if _VAE_ANCHOR in shapes:
         return _vae(shapes)
     if _QWEN_ANCHOR in shapes:
@@ -151,6 +164,10 @@ def _byt5(shapes: Shapes) -> Part | None:
     if shapes[f"{stem}final_layer_norm.weight"] != (GLYPH_DIM,):
         return None  # another T5
     embedding = f"{stem}embed_tokens.weight" if official else "shared.weight"
+    if shapes[embedding][0] != _GLYPH_VOCABULARY:
+        raise ValueError(
+            "this ByT5 was not trained on glyphs; HunyuanVideo 1.5 takes the one that was (byt5_small_glyphxl)."
+        )
     buckets, heads = shapes[stem + _T5_BIAS]
     inner, dim = shapes[f"{stem}block.0.layer.0.SelfAttention.q.weight"]
     config = ByT5Config(

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...family import VAE, Conditions, ImageInput, States, TextStates, VisionEncoder
+from ...family import VAE, Conditions, ImageInput, States, TextStates, VisionEncoder, check_known
 from ...shapes import VideoSize
+from ..hunyuan_video.conditioning import tokens_in
 from .defaults import CHANNELS, GLYPH, GLYPH_DIM, GLYPH_TOKENS, IMAGE, LATENT, MASK_CHANNELS, TEXT, TEXT_TOKENS, VISION
 from .dit import HunyuanVideo15Config
 
@@ -79,11 +80,8 @@ def check_states(
             "the conditioning has no SigLIP features of the start image, which this model takes: give the node that encodes the "
             "image ComfyUI's clip_vision_output (of sigclip_vision_patch14_384), or our clip_vision."
         )
-    if images and tuple(shapes[IMAGE][1:]) != tuple(size):
-        made, wanted = (LATENT.pixels(VideoSize(*one)) for one in (shapes[IMAGE][1:], size))
-        raise ValueError(
-            f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
-        )
+    if images:
+        LATENT.check_image(shapes[IMAGE], size)
     widths = {GLYPH: config.glyph_dim, VISION: config.vision_dim}
     if any(name in shapes and shapes[name][-1] != width for name, width in widths.items()):
         raise ValueError("the conditioning's quoted words or image features are those of another model's encoders.")
@@ -119,15 +117,9 @@ def image_options(states: States) -> dict[str, Any]:
 
 def from_comfyui(cross_attn: Tensor, options: Mapping[str, Any]) -> States:
     """(1, L, D) -> states; those that the mask leaves out are no tokens. ValueError for what would have no effect."""
-    ignored = sorted(name for name, value in options.items() if value is not None and name not in _KNOWN)
-    if ignored:
-        raise ValueError(
-            f"the conditioning carries {', '.join(ignored)}, which this model cannot use: link it without."
-        )
+    check_known(options, _KNOWN)
     mask, glyphs, latents, given, seen = (options.get(name) for name in _KNOWN[:5])
-    states = {TEXT: cross_attn[0], GLYPH: torch.zeros(0, GLYPH_DIM) if glyphs is None else glyphs[0]}
-    if mask is not None:
-        states[TEXT] = states[TEXT][mask[0].to(cross_attn.device).bool()]
+    states = {TEXT: tokens_in(cross_attn, mask), GLYPH: torch.zeros(0, GLYPH_DIM) if glyphs is None else glyphs[0]}
     if latents is not None:
         LATENT.check_latents(latents)
         where = _given(given, VideoSize(*latents.shape[2:]))

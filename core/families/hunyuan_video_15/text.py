@@ -20,7 +20,7 @@ from ...family import Part, TextEncoder, TextStates
 from ...family import Tokenizer as AnyTokenizer
 from ...modules.quantized import Storing, linear_weights, restore_on_call
 from ...weights import Checkpoint, load_into
-from ..hunyuan_video.text import Llama, LlamaConfig, folder_with
+from ..hunyuan_video.text import Llama, LlamaConfig, tokenizer_in
 from .defaults import GLYPH, GLYPH_TOKENS, TEXT, TEXT_TOKENS
 
 # What Qwen is asked, as in ComfyUI, and what stands behind the prompt.
@@ -56,9 +56,10 @@ class QwenTokenizer:
     def __init__(self, folders: Iterable[Path]) -> None:
         from transformers import Qwen2Tokenizer
 
-        names = ("tokenizer_config.json", "vocab.json", "merges.txt")
-        folder = folder_with(names, "<|im_start|>", folders, "Qwen2.5-VL")
-        self.tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.tokenizer = tokenizer_in(
+            folders, ("tokenizer_config.json", "vocab.json", "merges.txt"), "<|im_start|>", "Qwen2.5-VL",
+            lambda folder: Qwen2Tokenizer.from_pretrained(folder, local_files_only=True),
+        )  # fmt: skip
         self.question = self._cut(QUESTION)
 
     def _cut(self, text: str) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...family import VAE, ImageInput, States, TextStates, VisionEncoder
+from ...family import VAE, ImageInput, States, TextStates, VisionEncoder, check_known
 from ...shapes import VideoSize
 from .defaults import CLIP, IMAGE, LATENT, MASK_CHANNELS, TEXT
 from .dit import CLIP_TOKENS, TEXT_TOKENS, WanConfig
@@ -84,11 +84,8 @@ def check_states(
         )
     if not images and (IMAGE in shapes or CLIP in shapes):
         raise ValueError("this is a text-to-video model and cannot use a start image: use an image-to-video model.")
-    if images and tuple(shapes[IMAGE][1:]) != tuple(size):
-        made, wanted = (LATENT.pixels(VideoSize(*one)) for one in (shapes[IMAGE][1:], size))
-        raise ValueError(
-            f"the start image was encoded for {made}, and the video is {wanted}: use the same size for both."
-        )
+    if images:
+        LATENT.check_image(shapes[IMAGE], size)
     takes = config.clip_images if config.clip_dim else 0
     given = shapes[CLIP][0] // CLIP_TOKENS if CLIP in shapes else 0
     if given != takes:
@@ -123,12 +120,7 @@ def image_options(states: States) -> dict[str, Any]:
 
 def from_comfyui(cross_attn: Tensor, options: Mapping[str, Any]) -> States:
     """(1, L, dim) -> states; zeros behind the prompt are no tokens. ValueError for what would have no effect."""
-    known = (*_NO_EFFECT, *_OF_IMAGES)
-    ignored = sorted(name for name, value in options.items() if value is not None and name not in known)
-    if ignored:
-        raise ValueError(
-            f"the conditioning carries {', '.join(ignored)}, which this model cannot use: link it without."
-        )
+    check_known(options, (*_NO_EFFECT, *_OF_IMAGES))
     states = cross_attn[0]
     used = states.abs().sum(dim=1).nonzero()
     length = int(used.max()) + 1 if len(used) else 1

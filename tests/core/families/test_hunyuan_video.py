@@ -196,6 +196,17 @@ def test_a_relative_is_refused_or_left_to_others():
         HV.recognise(shapes)
     assert HV.recognise(reference.manifest("hunyuanvideo15_dit_t2v_i2v_official")) is None
     assert HV.recognise(reference.manifest("wan21_t2v_14B")) is None
+    framepack = reference.manifest("skyreels_v1_t2v_official_diffusers") | {"image_projection.up.weight": (9216, 1152)}
+    with pytest.raises(ValueError, match=r"1 tensors that HunyuanVideo and SkyReels V1 lack \(image_projection"):
+        HV.recognise(framepack)
+
+
+@pytest.mark.parametrize("name", ["time_in.mlp.0.weight", "final_layer.linear.weight"])
+def test_a_file_whose_tensors_have_no_dimensions_is_refused_by_name(name, tmp_path):
+    weights = {**reference.vector("hunyuan_video_t2v")[1], name: torch.ones(())}
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match=r"dit\.safetensors is damaged: it looks like HunyuanVideo"):
+        open_part(tmp_path / "dit.safetensors", "dit")
 
 
 def test_recommended_settings_of_skyreels_come_with_its_checkpoint(tmp_path):
@@ -255,6 +266,17 @@ def test_tokens_that_comfyuis_mask_leaves_out_are_no_tokens():
         HV.from_comfyui(cross_attn, {})
     with pytest.raises(ValueError, match="carries reference_latents"):
         HV.from_comfyui(cross_attn, {"pooled_output": torch.zeros(1, 768), "reference_latents": []})
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "hunyuan_video_1_5"])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(torch.ones(1, 6), "9 tokens and an attention mask"), (torch.ones(9), "9 tokens and"), (torch.zeros(1, 9), "no tokens")],
+)  # fmt: skip
+def test_a_mask_that_is_not_the_prompts_is_refused(family, mask, message):
+    options = {"pooled_output": torch.zeros(1, 768), "attention_mask": mask}
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[family].from_comfyui(torch.randn(1, 9, 32), options)
 
 
 def test_the_start_image_is_the_first_latent_frame_and_zeros_follow(tmp_path):
@@ -334,3 +356,9 @@ def stored_in_fp8(checkpoint, part):
 def test_a_tokenizer_that_is_nowhere_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"put vocab\.json and merges\.txt"):
         text.CLIPTokenizer((tmp_path,))
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b'{"<|start_header_id|>": "\xff')
+    with pytest.raises(ValueError, match=r"the tokenizer of LLaVA-Llama-3 in .* cannot be read"):
+        text.LlamaTokenizer((tmp_path,))

@@ -259,6 +259,11 @@ def test_relatives_are_refused_or_left_to_others():
     with pytest.raises(ValueError, match="70 input channels"):
         HV15.recognise(shapes)
     shapes = {name.removeprefix("model."): shape for name, shape in reference.manifest("te_qwen25_vl_7b").items()}
+    glyphs = reference.manifest("te_byt5_small_glyph_comfyorg")
+    with pytest.raises(ValueError, match="not trained on glyphs"):
+        HV15.recognise(glyphs | {"shared.weight": (384, 1472)})
+    with pytest.raises(ValueError, match="in diffusers' layout, which is not supported"):
+        HV15.recognise({"cond_type_embed.weight": (3, 2048), "x_embedder.proj.weight": (2048, 65, 1, 1, 1)})
     with pytest.raises(ValueError, match=r"Qwen2\.5-VL 3B"):
         HV15.recognise({**shapes, "embed_tokens.weight": (151936, 2048)})
     shapes = reference.manifest("vision_siglip_so400m_patch14_384")

@@ -96,6 +96,22 @@ def test_a_file_without_named_tensors_is_refused(tmp_path, content, message):
         torch_file.load(save(tmp_path / "model.pth", content))
 
 
+def test_names_that_are_no_texts_are_left_out(tmp_path):
+    assert list(torch_file.load(save(tmp_path / "model.pth", {0: torch.ones(2), "a": torch.ones(2)}))) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [({"a": torch.ones(2)}, "legacy"), ({"a": torch.eye(3).to_sparse()}, "zip"), ({"a": torch.ones(3, 2).T}, "zip"),
+     ({"a": torch.ones(2, dtype=torch.complex64)}, "zip"), ({"a": torch.ones(2, device="meta")}, "zip")],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_do_not_lie_in_the_file_as_they_are_cannot_be_copied(tmp_path, content, kind):
+    path = save(tmp_path / "model.pth", content, kind)
+    with pytest.raises(ValueError, match=r"model\.pth: 'a' is stored in a way that cannot be copied"):
+        torch_file.read_header(path)
+
+
 @pytest.mark.parametrize("version", ["2.5.1+cu121", "2.4.0", "1.13.1"])
 def test_a_torch_that_can_be_tricked_is_not_used(tmp_path, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)

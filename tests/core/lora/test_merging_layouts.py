@@ -15,6 +15,7 @@ from videolora.core.lora.merge import merge, unmerge
 from videolora.core.lora.stack import StackEntry, load_stack
 from videolora.core.lora.workbench import OpenedModel
 from videolora.core.modules.quantized import Stored, to_scaled_fp8
+from videolora.core.weights import open_checkpoint, read_header
 
 HV = FAMILIES["hunyuan_video"]
 
@@ -119,6 +120,12 @@ def test_fp8_with_factors_in_a_file_of_their_own(weights, matrices, stack, tmp_p
     apart = write(tmp_path / "states_fp8.pt", {"module": stored})
     with pytest.raises(FileNotFoundError, match=r"put states_fp8_map\.pt beside it"):
         open_part(apart, "dit")
+    write(tmp_path / "states_fp8_map.pt", dict(list(factors.items())[1:]))
+    for opened in (open_checkpoint, read_header):
+        with pytest.raises(
+            ValueError, match=rf"states_fp8_map\.pt lacks the factors of 1 of {len(factors)} fp8 weights"
+        ):
+            opened(apart)
     write(tmp_path / "states_fp8_map.pt", factors)
     expected = by_model(named)
     for m in matrices:
