@@ -30,6 +30,9 @@ _PANELS = {
     "VideoLoRACFGSkip": (_WIDTH, 110),
     "VideoLoRADatasetPreview": (620, 440),
     "VideoLoRANetworkSettings": (_WIDTH, 170),  # the editor reserves room for its advanced texts
+    "VideoLoRACacheLatents": (_WIDTH, 110),  # reports
+    "VideoLoRACacheText": (_WIDTH, 70),
+    "SaveVideo": (_WIDTH, 200),  # the video
     "VideoLoRALoadFrames": (_WIDTH, 250),  # ComfyUI shows the chosen video
 }
 

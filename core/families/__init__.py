@@ -74,12 +74,12 @@ def open_part(path: Path, kind: Kind) -> tuple[Checkpoint, Part]:
 
 def variant_of(path: Path, part: Part, name: str = "auto") -> Variant:
     """The release that a transformer is taken for: `name`, or with 'auto' one of those that have its tensors: the one that
-    the file is named after, else the most likely. Raises ValueError for one that it cannot be."""
+    the file or its folder is named after, else the most likely. Raises ValueError for one that it cannot be."""
     variants = FAMILIES[part.family].variants
     if name in part.variants:
         return variants[name]
     if name != "auto":
         raise ValueError(f"{path.name} is no {name}: its tensors are those of {' or '.join(part.variants)}.")
-    words = path.stem.lower().replace("-", "_")
+    words = f"{path.parent.name}/{path.stem}".lower().replace("-", "_")
     named = (variants[one] for one in part.variants if variants[one].file_word and variants[one].file_word in words)
     return max(named, key=lambda variant: len(variant.file_word), default=variants[part.variants[0]])

@@ -32,8 +32,10 @@ def loras(server):
     """Both LORAIDs, trained by the shipped workflow; the first ends inside of what ComfyUI has as one matrix. One caption has
     quotes."""
     caption = next((server.base / "input" / "character_1").glob("*.txt"))
-    caption.write_text(caption.read_text() + ' A sign says "Open".')
-    return {folder: run(server, training(folder, number)) for number, folder in enumerate(demo.PROMPTS, start=1)}
+    before = caption.read_text()
+    caption.write_text(before + ' A sign says "Open".')
+    yield {folder: run(server, training(folder, number)) for number, folder in enumerate(demo.PROMPTS, start=1)}
+    caption.write_text(before)
 
 
 def test_a_loraid_is_trained_and_a_video_sampled_with_it(server, loras):

@@ -145,10 +145,10 @@ def test_a_training_shows_previews_that_begin_with_an_image(server):
         "width": 96, "height": 64, "frames": 5, "steps": 2, "guidance": 3.0, "shift": 0.0, "seed": 1}}  # fmt: skip
     graph[train]["inputs"] |= {"previews": ["previews", 0], "steps": 2, "name": "previewed"}
     run_of_it = summary(run(server, graph))
-    assert run_of_it["previews"] == ["step-00000000_00.mp4"] and not run_of_it["notes"]
+    assert [shown["filename"] for shown in run_of_it["previews"]] == ["step-00000000_00.mp4"] and not run_of_it["notes"]
     graph["previews"]["inputs"] |= {"prompts": "a red disk --i end_image.png --w 64"}
     graph[train]["inputs"]["name"] = "previewed_by_name"
-    assert summary(run(server, graph))["previews"] == ["step-00000000_00.mp4"]
+    assert [shown["filename"] for shown in summary(run(server, graph))["previews"]] == ["step-00000000_00.mp4"]
     del graph["previews"]["inputs"]["start_image"]
     graph["previews"]["inputs"]["prompts"] = "a red disk"
     assert "link a start image" in client.run(server, graph).error

@@ -227,12 +227,14 @@ def test_recommended_settings_of_skyreels_come_with_its_checkpoint(tmp_path):
     [
         ("hunyuan_video_t2v_720p_bf16", "auto", "HunyuanVideo T2V"),
         ("SkyReels-hunyuan-T2V_bf16", "auto", "SkyReels V1 T2V"),
+        ("SkyReels-V1-Hunyuan-T2V/model", "auto", "SkyReels V1 T2V"),
         ("SkyReels-hunyuan-T2V_bf16", "hunyuan-t2v", "HunyuanVideo T2V"),
         ("mine", "skyreels-v1-t2v", "SkyReels V1 T2V"),
     ],
 )
 def test_releases_with_the_same_tensors_are_told_apart_by_name_or_as_the_user_says(file, asked, title, tmp_path):
     path = tmp_path / f"{file}.safetensors"
+    path.parent.mkdir(exist_ok=True)
     save_file(reference.vector("hunyuan_video_t2v")[1], path)
     part = open_part(path, "dit")[1]
     assert variant_of(path, part, asked).title == title
