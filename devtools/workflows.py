@@ -1,200 +1,12 @@
-"""The example workflows: one description each, from which the editor's file and the API's file are made."""
+"""The example workflows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-_WIDTH, _GAP = 340, 40  # of a node, and between nodes, in pixels
-_EDGE, _TITLES = (
-    14,
-    84,
-)  # between a node and its group's frame; and above a column, where the group's and the node's titles stand
-_PURPOSES = {
-    "VideoLoRA/loaders": "Models",
-    "VideoLoRA/data": "Data",
-    "VideoLoRA/caching": "Cache",
-    "VideoLoRA/training": "Training",
-    "VideoLoRA/sampling": "Sampling",
-    "VideoLoRA/lora": "LoRAs",
-    "video": "Output",
-}
-# What panels need of their nodes: width, and height besides sockets and inputs.
-_PANELS = {
-    "VideoLoRATrain": (520, 640),
-    "VideoLoRASelectLORAID": (460, 360),
-    "VideoLoRAInspectLoRA": (460, 360),
-    "VideoLoRAFlowSchedule": (_WIDTH, 190),
-    "VideoLoRACFGSkip": (_WIDTH, 110),
-    "VideoLoRADatasetPreview": (620, 440),
-    "VideoLoRANetworkSettings": (_WIDTH, 170),  # the editor reserves room for its advanced texts
-    "VideoLoRACacheLatents": (_WIDTH, 110),  # reports
-    "VideoLoRACacheText": (_WIDTH, 70),
-    "SaveVideo": (_WIDTH, 200),  # the video
-    "VideoLoRALoadFrames": (_WIDTH, 250),  # ComfyUI shows the chosen video
-}
-
-
-@dataclass(frozen=True)
-class Out:
-    """An output of a node, to be given to another node as input."""
-
-    node: str
-    slot: int
-
-
-@dataclass
-class Node:
-    id: str
-    kind: str
-    title: str
-    column: int
-    inputs: dict[str, Any]
-    size: tuple[int, int] = (_WIDTH, 0)  # at least, in pixels
-
-    def __getitem__(self, slot: int) -> Out:
-        return Out(self.id, slot)
-
-
-@dataclass
-class Graph:
-    """Nodes in columns from left to right, and a note for the reader."""
-
-    note: str
-    nodes: list[Node] = field(default_factory=list)
-
-    def add(self, column: int, kind: str, title: str = "", size: tuple[int, int] = (_WIDTH, 0), **inputs: Any) -> Node:
-        width, _ = _PANELS.get(kind, size)
-        node = Node(str(len(self.nodes) + 1), kind, title, column, inputs, (max(width, size[0]), size[1]))
-        self.nodes.append(node)
-        return node
-
-    def api(self, info: dict[str, dict]) -> dict[str, dict]:
-        """The form that POST /prompt takes."""
-        return {
-            node.id: {
-                "class_type": node.kind,
-                "inputs": {
-                    name: [value.node, value.slot] if isinstance(value, Out) else value
-                    for name, value in node.inputs.items()
-                },
-                "_meta": {"title": node.title or info[node.kind]["display_name"]},
-            }
-            for node in self.nodes
-        }
-
-    def editor(self, info: dict[str, dict]) -> dict[str, Any]:
-        """The form that the editor opens."""
-        placed, links = {}, []
-        heights: dict[int, int] = {}
-        lefts = self._lefts()
-        for order, node in enumerate(self.nodes):
-            widgets = _widgets(node, info[node.kind])
-            sockets = _sockets(info[node.kind])
-            outputs = list(zip(info[node.kind]["output"], info[node.kind]["output_name"], strict=True))
-            shown = sum(
-                _is_widget(kind) and not options.get("advanced") for _, kind, options in _inputs(info[node.kind])
-            )
-            height = 110 + 26 * max(len(sockets), len(outputs)) + 26 * shown + 60 * _texts(node, info[node.kind])
-            height = max(height + _PANELS.get(node.kind, (0, 0))[1], node.size[1])
-            top = heights.get(node.column, 0)
-            heights[node.column] = top + height + _GAP
-            placed[node.id] = {
-                "id": int(node.id), "type": node.kind, "pos": [lefts[node.column], top], "size": [node.size[0], height],
-                "flags": {}, "order": order, "mode": 0,
-                "inputs": [{"name": name, "type": kind, "link": None} for name, kind in sockets],
-                "outputs": [{"name": name, "type": kind, "links": []} for kind, name in outputs],
-                "properties": {"Node name for S&R": node.kind}, "widgets_values": widgets,
-                **({"title": node.title} if node.title else {}),
-            }  # fmt: skip
-            for name, value in node.inputs.items():
-                if isinstance(value, Out):
-                    links.append(_link(len(links) + 1, placed, node, name, value))
-        return {
-            "last_node_id": len(self.nodes) + 1, "last_link_id": len(links),
-            "nodes": [*placed.values(), self._note()], "links": links, "groups": self._groups(info, lefts, heights),
-            "config": {}, "extra": {}, "version": 0.4,
-        }  # fmt: skip
-
-    def _lefts(self) -> list[int]:
-        """Where each column begins."""
-        columns = range(max(node.column for node in self.nodes) + 1)
-        widths = [max(node.size[0] for node in self.nodes if node.column == column) for column in columns]
-        return [sum(widths[:column]) + column * _GAP for column in columns]
-
-    def _groups(self, info: dict[str, dict], lefts: list[int], heights: dict[int, int]) -> list[dict[str, Any]]:
-        """A frame around each column, named after what its nodes are for."""
-        groups = []
-        for column, left in enumerate(lefts):
-            nodes = [node for node in self.nodes if node.column == column]
-            purposes = [_PURPOSES.get(info[node.kind]["category"]) for node in nodes]
-            title = ", ".join(dict.fromkeys(purpose for purpose in purposes if purpose)) or "Output"
-            width, height = max(node.size[0] for node in nodes), heights[column] - _GAP
-            bounding = [left - _EDGE, -_TITLES, width + 2 * _EDGE, height + _TITLES + _EDGE]
-            groups.append(
-                {
-                    "id": column + 1,
-                    "title": title,
-                    "bounding": bounding,
-                    "color": "#3f789e",
-                    "font_size": 22,
-                    "flags": {},
-                }
-            )
-        return groups
-
-    def _note(self) -> dict[str, Any]:
-        number = len(self.nodes) + 1
-        return {
-            "id": number, "type": "MarkdownNote", "pos": [0, -_TITLES - 310], "size": [2 * _WIDTH + _GAP, 260], "flags": {},
-            "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {},
-            "widgets_values": [self.note.replace("`", "**")],  # the editor's code style is hard to read on a note
-        }  # fmt: skip
-
-
-_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
-
-
-def _inputs(info: dict) -> Iterable[tuple[str, Any, dict]]:
-    """(name, type, options) in the order in which the editor shows them."""
-    for group in ("required", "optional"):
-        for name in info["input_order"].get(group, ()):
-            spec = info["input"][group][name]
-            yield name, spec[0], spec[1] if len(spec) > 1 else {}
-
-
-def _is_widget(kind: Any) -> bool:
-    return isinstance(kind, list) or kind in _WIDGETS
-
-
-def _sockets(info: dict) -> list[tuple[str, str]]:
-    return [(name, kind) for name, kind, _ in _inputs(info) if not _is_widget(kind)]
-
-
-def _widgets(node: Node, info: dict) -> list[Any]:
-    values = []
-    for name, kind, options in _inputs(info):
-        if _is_widget(kind):
-            values.append(node.inputs.get(name, options.get("default")))
-            if options.get("control_after_generate"):
-                values.append("fixed")
-    return values
-
-
-def _texts(node: Node, info: dict) -> int:
-    return sum(bool(options.get("multiline")) for name, _, options in _inputs(info) if name in node.inputs)
-
-
-def _link(number: int, placed: dict[str, dict], node: Node, name: str, value: Out) -> list[Any]:
-    source, target = placed[value.node], placed[node.id]
-    slot = next(index for index, socket in enumerate(target["inputs"]) if socket["name"] == name)
-    target["inputs"][slot]["link"] = number
-    output = source["outputs"][value.slot]
-    output["links"].append(number)
-    return [number, source["id"], value.slot, target["id"], slot, output["type"]]
-
+from graphs import WIDTH, Graph, Node, Out
 
 DIT, VAE, TEXT = "wan2.1_t2v_1.3B_bf16.safetensors", "wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors"
 I2V, FLF2V = "wan2.1_i2v_480p_14B_fp16.safetensors", "wan2.1_flf2v_720p_14B_fp16.safetensors"
@@ -303,8 +115,8 @@ captions through the text encoder; what is cached is never done again, and cance
     graph.add(2, "SaveVideo", video=preview[1], filename_prefix="video/preview", format="auto", codec="auto")
     latents = graph.add(3, "VideoLoRACacheLatents", datasets=data[0], vae=vae[0])
     captions = graph.add(3, "VideoLoRACacheText", datasets=data[0], text_encoder=text[0])
-    graph.add(4, "PreviewAny", "Latents", size=(_WIDTH, 180), source=latents[1])
-    graph.add(4, "PreviewAny", "Captions", size=(_WIDTH, 180), source=captions[1])
+    graph.add(4, "PreviewAny", "Latents", size=(WIDTH, 180), source=latents[1])
+    graph.add(4, "PreviewAny", "Captions", size=(WIDTH, 180), source=captions[1])
     return graph
 
 
@@ -417,7 +229,7 @@ Choose your own images. They are resized to cover the video and cropped to its m
     vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
     text = graph.add(0, "VideoLoRALoadT5", model=TEXT)
     vision = graph.add(0, "VideoLoRALoadCLIPVision", model=VISION)
-    inputs = {name: graph.add(1, "LoadImage", name.replace("_", " ").capitalize(), (_WIDTH, 330), image=f"{name}.png")[0]
+    inputs = {name: graph.add(1, "LoadImage", name.replace("_", " ").capitalize(), (WIDTH, 330), image=f"{name}.png")[0]
               for name in images}  # fmt: skip
     _sampling(graph, 2, model, model[0], text, vae, PROMPT, prefix, **inputs, clip_vision=vision[0])
     return graph
@@ -477,7 +289,7 @@ Choose a file that *Save Video Latents* wrote. What it was sampled with is shown
 **Model files**
 - `models/vae/{VAE}`""")
     vae = graph.add(0, "VideoLoRALoadVAE", model=VAE)
-    latent = graph.add(0, "VideoLoRALoadLatents", size=(_WIDTH, 300), file="video_00001.latent")
+    latent = graph.add(0, "VideoLoRALoadLatents", size=(WIDTH, 300), file="video_00001.latent")
     _saved(graph, 1, vae, latent[0], "video/decoded")
     return graph
 
@@ -661,7 +473,7 @@ with its checkpoint: guidance 6 with the negative prompt, embedded guidance 1.
 
 {_hunyuan_files(SKYREELS_I2V)}""")
     dit, vae, text = _hunyuan(graph, SKYREELS_I2V)
-    image = graph.add(1, "LoadImage", "Start image", (_WIDTH, 330), image="start_image.png")
+    image = graph.add(1, "LoadImage", "Start image", (WIDTH, 330), image="start_image.png")
     _sampling(
         graph,
         2,
@@ -807,7 +619,7 @@ Choose your own image. It is resized to cover the video and cropped to its middl
 {_hunyuan_15_files(HUNYUAN_15_I2V, image=True)}""")
     dit, vae, text = _hunyuan_15(graph, HUNYUAN_15_I2V)
     vision = graph.add(0, "VideoLoRALoadSigLIP", model=SIGLIP)
-    image = graph.add(1, "LoadImage", "Start image", (_WIDTH, 330), image="start_image.png")
+    image = graph.add(1, "LoadImage", "Start image", (WIDTH, 330), image="start_image.png")
     _sampling(graph, 2, dit, dit[0], text, vae, _HUNYUAN_15_PROMPT, "video/hunyuan15_i2v", shot=HUNYUAN_15_SHOT,
               start_image=image[0], clip_vision=vision[0])  # fmt: skip
     return graph

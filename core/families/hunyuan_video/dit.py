@@ -16,6 +16,7 @@ named as in the official checkpoints.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ class TextRefiner(nn.Module):
         return x
 
 
-class TwoStreamBlock(nn.Module):
+class TwoStreamBlock(nn.Module, ABC):
     """Attention of video and text together, with weights of their own for each but for what a subclass has: how queries,
     keys and values are made, `_heads(img or txt, tokens)`."""
 
@@ -185,9 +186,9 @@ class TwoStreamBlock(nn.Module):
         txt = torch.addcmul(txt, self.txt_mlp(_modulated(txt, txt_shift2, txt_scale2)), txt_gate2)
         return torch.cat((img, txt), dim=1)
 
+    @abstractmethod
     def _heads(self, stream: str, x: Tensor) -> tuple[Tensor, ...]:
         """(B, L, D) -> query, key, value (B, L, N, 128) each."""
-        raise NotImplementedError
 
 
 class DoubleBlock(TwoStreamBlock):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...family import Part
 from ...modules.attention import attention
 from ...modules.layers import Linear
+from ...vision import ImageEncoder
 from ...weights import Checkpoint, load_into
 
 HEAD_DIM = 72
@@ -84,27 +85,14 @@ class SigLIP(nn.Module):
         return self.post_layernorm(x)
 
 
-class SigLIPEncoder:
-    """The loaded tower and what comes before it."""
-
-    def __init__(self, model: SigLIP) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) in -1..1 -> features (B, 729, D) on the CPU."""
-        weight = self.model.post_layernorm.weight
-        return self.model(normalised(pictures.to(weight.device)).to(weight.dtype)).cpu()
-
-
 def normalised(pictures: Tensor) -> Tensor:
     """(B, 3, H, W) in -1..1 -> (B, 3, 384, 384) as SigLIP knows them; squashed, and rounded to 256 steps as a file would be."""
     small = F.interpolate(pictures.float() * 0.5 + 0.5, size=(SIDE, SIDE), mode="bicubic", antialias=True)
     return (small.clamp(0, 1).mul(255).round() / 255 - MEAN) / STD
 
 
-def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> SigLIPEncoder:
+def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> ImageEncoder:
     """Load the tower on the CPU."""
     with torch.device("meta"):
         model = SigLIP(part.config)
-    return SigLIPEncoder(load_into(model, checkpoint, part.keymap, dtype))
+    return ImageEncoder(load_into(model, checkpoint, part.keymap, dtype), normalised)

@@ -17,6 +17,7 @@ from ...family import Part
 from ...keymap import KeyMap
 from ...modules.attention import attention
 from ...modules.layers import Linear
+from ...vision import ImageEncoder
 from ...weights import Checkpoint, View, load_into
 
 HEAD_DIM = 80
@@ -105,19 +106,6 @@ class CLIPVision(nn.Module):
         return x
 
 
-class VisionEncoder:
-    """The loaded tower and what comes before it."""
-
-    def __init__(self, model: CLIPVision) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) in -1..1 -> features (B, 257, D) on the CPU."""
-        weight = self.model.pre_layrnorm.weight
-        return self.model(normalised(pictures.to(weight.device)).to(weight.dtype)).cpu()
-
-
 def normalised(pictures: Tensor) -> Tensor:
     """(B, 3, H, W) in -1..1 -> (B, 3, 224, 224) as CLIP knows them; squashed, not cropped, as in Wan's own code."""
     small = F.interpolate(pictures.float(), size=(SIDE, SIDE), mode="bicubic", align_corners=False)
@@ -140,10 +128,10 @@ def views(shapes: Mapping[str, tuple[int, ...]], keymap: KeyMap, config: CLIPVis
     return found
 
 
-def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> VisionEncoder:
+def load(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> ImageEncoder:
     """Load the tower on the CPU."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     with torch.device("meta"):
         model = CLIPVision(part.config)
     seen = checkpoint.viewed(views(shapes, part.keymap, part.config))
-    return VisionEncoder(load_into(model, seen, KeyMap(), dtype))
+    return ImageEncoder(load_into(model, seen, KeyMap(), dtype), normalised)
